@@ -1,0 +1,58 @@
+"""The words that client, worker and trainer share. Owns no behaviour and imports nothing of ours."""
+
+from enum import StrEnum
+
+LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
+"""The six labels, in the order of every score vector in the project."""
+
+
+class Action(StrEnum):
+    """What is done with a comment, mildest first."""
+
+    ALLOW = "allow"
+    LABEL = "label"
+    REVIEW = "review"
+    HIDE = "hide"
+    REMOVE = "remove"
+
+
+MODERATE_QUEUE = "toxicity"
+RETRAIN_QUEUE = "retrain"
+
+MODERATE_TASK = "worker.moderate"
+RETRAIN_TASK = "trainer.retrain"
+
+WORKER_CONTROL_EXCHANGE = "moderato.worker"
+"""Remote-control exchange of our workers, so that a broadcast never reaches another team's."""
+TRAINER_CONTROL_EXCHANGE = "moderato.trainer"
+
+ACTIVATION_CHANGED = "activation_changed"
+"""Remote-control command that tells a worker to look at the newest `activations` row now."""
+
+SUBMITTED_AT_HEADER = "submitted_at"
+"""Message header: when the producer submitted, seconds since the epoch. Optional."""
+
+CONTRACT_VERSION = 1
+MAX_COMMENTS_PER_MESSAGE = 256
+MAX_TEXT_BYTES = 20_480
+"""Longest text in bytes of UTF-8: what the Perspective API allowed."""
+MAX_ID_CHARS = 200
+MAX_CONTEXT_BYTES = 4_096
+
+DEFAULT_COMMUNITY = "default"
+STARTER_VERSION = "starter-1"
+"""The trained version that ships in `model/starter`."""
+
+
+class Reason(StrEnum):
+    """Why something was set aside in `dead_letters`."""
+
+    UNREADABLE_MESSAGE = "unreadable_message"
+    UNKNOWN_TASK = "unknown_task"
+    NOT_A_LIST = "not_a_list"
+    TOO_MANY_COMMENTS = "too_many_comments"
+    INVALID_COMMENT = "invalid_comment"
+    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
+    EXPIRED = "expired"
+    SCORING_FAILED = "scoring_failed"
+    RECORDING_FAILED = "recording_failed"

@@ -1,0 +1,243 @@
+"""One settings object: default.yaml < the user's YAML (MODERATO_CONFIG) < MODERATO_* in the environment.
+
+Owns reading, checking and explaining settings. An unknown or wrong key stops the start: a worker that
+silently ignored a misspelt threshold would moderate by a policy nobody wrote.
+"""
+
+import difflib
+import hashlib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository; relative paths in settings start here, wherever the command was run."""
+
+PREFIX = "MODERATO_"
+CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
+OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
+BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+DATABASE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg")
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message names the key, its value, where it stands and what is allowed."""
+
+
+def _from_root(path: Path) -> Path:
+    return path if path.is_absolute() else ROOT / path
+
+
+def embedded_directory() -> Path:
+    """Private directory of the embedded Redis' socket, the same for every command run from this checkout.
+
+    Under /tmp because a socket's path ends at 107 characters, and a checkout's may be longer.
+    """
+    return Path("/tmp") / f"moderato-{os.getuid()}-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]}"
+
+
+def _broker_url(value: str) -> str:
+    if value == "embedded":
+        return f"redis+socket://{embedded_directory() / 'redis.sock'}"
+    # A Sentinel URL may name several hosts, separated by semicolons.
+    if any(part.partition("://")[0] not in BROKER_SCHEMES for part in value.split(";")):
+        raise ValueError(f"expected embedded, or a URL beginning with {', '.join(s + '://' for s in BROKER_SCHEMES)}")
+    return value
+
+
+def _database_url(value: str) -> str:
+    try:
+        url = make_url(value)
+    except ArgumentError:
+        raise ValueError("expected a URL such as sqlite:///var/moderato.db or postgresql://user@host/name") from None
+    if url.drivername not in DATABASE_SCHEMES:
+        raise ValueError(f"expected a URL beginning with {', '.join(s + '://' for s in DATABASE_SCHEMES)}")
+    if url.drivername == "sqlite":
+        if not url.database or url.database == ":memory:":
+            raise ValueError("SQLite needs a file: several processes share the database")
+        url = url.set(database=str(_from_root(Path(url.database))))
+    else:
+        url = url.set(drivername="postgresql+psycopg")
+    return url.render_as_string(hide_password=False)
+
+
+BrokerUrl = Annotated[str, AfterValidator(_broker_url)]
+DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
+RootedPath = Annotated[Path, AfterValidator(_from_root)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkerSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    engine: Literal["auto", "onnx", "torch"]
+    threads: int = Field(ge=0, le=1024)
+    max_batch_tokens: int = Field(ge=0, le=4_194_304)
+    window_batches: int = Field(ge=1, le=256)
+    max_held_comments: int = Field(ge=0, le=1_000_000)
+    max_held_bytes: int = Field(ge=1_048_576)
+    visibility_timeout_s: int = Field(ge=3, le=3600)
+    activation_poll_s: float = Field(gt=0, le=60)
+
+
+class TrainerSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    encoder: str = Field(min_length=1)
+    max_length: int = Field(ge=8, le=8192)
+    max_rows: int = Field(ge=0)
+    max_holdout_rows: int = Field(ge=0)
+    train_files: list[RootedPath]
+    holdout_file: RootedPath
+    epochs: float = Field(gt=0, le=100)
+    batch_size: int = Field(ge=1, le=4096)
+    learning_rate: float = Field(gt=0, le=1)
+    warmup_ratio: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0, le=1)
+    correction_repeats: int = Field(ge=1, le=100)
+    seed: int = Field(ge=0, le=2**31 - 1)
+    calibration_texts: int = Field(ge=8, le=4096)
+    max_label_auc_drop: float = Field(ge=0, le=1)
+    max_mean_auc_drop: float = Field(ge=0, le=1)
+    min_label_positives: int = Field(ge=1)
+
+
+class Settings(Section):
+    """Every setting, checked. `broker_url` and `database_url` may hold passwords: log `without_password(...)`."""
+
+    broker_url: BrokerUrl
+    database_url: DatabaseUrl
+    versions_dir: RootedPath
+    policy_file: RootedPath
+    worker: WorkerSettings
+    trainer: TrainerSettings
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once.
+
+    Raises:
+        SettingsError: a file cannot be read, or a key or value is not allowed.
+    """
+    return load_settings(os.environ)
+
+
+def load_settings(environment: Mapping[str, str]) -> Settings:
+    """Settings from default.yaml, the file that `environment` names, and its MODERATO_* variables.
+
+    Raises:
+        SettingsError: a file cannot be read, or a key or value is not allowed.
+    """
+    layers = [_read_yaml(ROOT / "config" / "default.yaml")]
+    if named := environment.get(CONFIG_FILE_VARIABLE):
+        layers.append(_read_yaml(_from_root(Path(named))))
+    layers.append((_from_environment(environment), "the environment"))
+
+    merged: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], str] = {}
+    for values, name in layers:
+        _merge(values, into=merged, origin=origin, name=name, path=())
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origin)) from None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: every password replaced by ***."""
+
+    def hide(part: str) -> str:
+        scheme, separator, rest = part.partition("://")
+        userinfo, at, host = rest.rpartition("@")
+        if not at or ":" not in userinfo:
+            return part
+        return f"{scheme}{separator}{userinfo.partition(':')[0]}:***@{host}"
+
+    return ";".join(map(hide, url.split(";")))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} is not YAML: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"settings file {path} must hold `key: value` lines, not a {type(values).__name__}")
+    return values, str(path)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE or variable in OWN_TEST_VARIABLES:
+            continue
+        *sections, key = variable.removeprefix(PREFIX).lower().split("__")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        # Lists are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'.
+        target[key] = yaml.safe_load(text) if text.startswith("[") else text
+    return values
+
+
+def _merge(
+    values: Mapping[str, Any],
+    *,
+    into: dict[str, Any],
+    origin: dict[tuple[str, ...], str],
+    name: str,
+    path: tuple[str, ...],
+) -> None:
+    for key, value in values.items():
+        here = (*path, str(key))
+        origin[here] = name
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(value, into=into[key], origin=origin, name=name, path=here)
+        else:
+            into[key] = value
+
+
+def _explain(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> str:
+    lines = []
+    for problem in error.errors():
+        path = tuple(str(part) for part in problem["loc"])
+        key = ".".join(path)
+        where = next((origin[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origin), "the settings")
+        if problem["type"] == "extra_forbidden":
+            allowed = _keys_beside(path)
+            near = difflib.get_close_matches(path[-1], allowed, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            lines.append(f"unknown setting {key} in {where}; {hint}allowed here: {', '.join(allowed)}")
+        else:
+            # A URL that could not be parsed may still hold a password.
+            value = without_password(repr(problem["input"]))
+            lines.append(f"setting {key} = {value} in {where} is wrong: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
+
+
+def _keys_beside(path: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in path[:-1]:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, types.GenericAlias) or not isinstance(annotation, type):
+            return []
+        model = typing.cast(type[BaseModel], annotation)
+    return sorted(model.model_fields)

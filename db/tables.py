@@ -1,0 +1,253 @@
+"""The tables, and the meaning of every column. Owns the schema; db/migrations must equal it (tested).
+
+Times are UTC. Scores are probabilities from 0 to 1. Nothing here is overwritten but `submissions.state` (and a
+text that is erased) and the progress of a row in `training_runs`.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from config.names import MAX_ID_CHARS
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time on every database; SQLite itself keeps no time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a time without a time zone cannot be stored: {value!r}")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON,
+    }
+
+
+SUBMISSION_ID_CHARS = 255
+VERSION_CHARS = 100
+
+
+class Submission(Base):
+    """One request to score one comment. Immutable but for `state`, and `text` when it is erased."""
+
+    __tablename__ = "submissions"
+    __table_args__ = (Index("ix_submissions_comment", "community", "comment_id"),)
+
+    submission_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS), primary_key=True)
+    """The producer's idempotency key, or the message's task id and the comment's place in its list: `<id>:<n>`."""
+    community: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    """Selects the policy."""
+    comment_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS))
+    """The producer's own id; the submission's where it gave none."""
+    author: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """Opaque to us."""
+    text: Mapped[str | None] = mapped_column(Text)
+    """As submitted; null where the producer said `store_text: false`."""
+    text_sha256: Mapped[str] = mapped_column(String(64))
+    """Of the text's UTF-8 as submitted."""
+    language: Mapped[str | None] = mapped_column(String(35))
+    context: Mapped[dict[str, Any] | None]
+    """The producer's own JSON; stored, never scored."""
+    created_at: Mapped[datetime | None]
+    """When the comment was written, if the producer said so."""
+    submitted_at: Mapped[datetime]
+    """When the producer submitted it; where the message does not say, when the worker took it."""
+    state: Mapped[str] = mapped_column(String(16))
+    """`decided`; later releases add `pending` for durable submissions."""
+
+
+class Decision(Base):
+    """What the model said of a submission and what the policy made of it. Append-only, one per submission."""
+
+    __tablename__ = "decisions"
+    __table_args__ = (
+        Index("ix_decisions_decided_at", "decided_at"),
+        Index("ix_decisions_action", "action", "decided_at"),
+    )
+
+    submission_id: Mapped[str] = mapped_column(ForeignKey("submissions.submission_id"), primary_key=True)
+    toxic: Mapped[float]
+    severe_toxic: Mapped[float]
+    obscene: Mapped[float]
+    threat: Mapped[float]
+    insult: Mapped[float]
+    identity_hate: Mapped[float]
+    action: Mapped[str] = mapped_column(String(16))
+    fired_label: Mapped[str | None] = mapped_column(String(16))
+    """The label whose rule led to the action; null where none fired."""
+    fired_threshold: Mapped[float | None]
+    """The threshold that its score reached."""
+    model_version: Mapped[str] = mapped_column(String(VERSION_CHARS))
+    policy_version: Mapped[str] = mapped_column(ForeignKey("policies.policy_version"))
+    windows: Mapped[int]
+    """Pieces the text was scored in."""
+    truncated: Mapped[bool]
+    """The text was longer than the model reads, and its end was not scored."""
+    queue_ms: Mapped[float]
+    """From `submitted_at` to the start of the forward pass, milliseconds."""
+    compute_ms: Mapped[float]
+    """Of the forward pass that scored the comment's whole batch, milliseconds."""
+    decided_at: Mapped[datetime]
+
+
+class Review(Base):
+    """A person's word on a decision: the trainer's food. Append-only; the newest row of a submission counts."""
+
+    __tablename__ = "reviews"
+    __table_args__ = (Index("ix_reviews_submission", "submission_id"),)
+
+    review_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    submission_id: Mapped[str] = mapped_column(ForeignKey("decisions.submission_id"))
+    action: Mapped[str] = mapped_column(String(16))
+    """What should be done with the comment; equal to the decision's where the reviewer confirms it."""
+    toxic: Mapped[bool | None]
+    severe_toxic: Mapped[bool | None]
+    obscene: Mapped[bool | None]
+    threat: Mapped[bool | None]
+    insult: Mapped[bool | None]
+    identity_hate: Mapped[bool | None]
+    """Each label as the reviewer sees it; null where not said, and then not trained on."""
+    reviewer: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    note: Mapped[str | None] = mapped_column(Text)
+    reviewed_at: Mapped[datetime]
+
+
+class Policy(Base):
+    """Every policy that ever decided, so that each decision can be explained later."""
+
+    __tablename__ = "policies"
+
+    policy_version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """sha256 of `text`."""
+    text: Mapped[str] = mapped_column(Text)
+    first_used_at: Mapped[datetime]
+
+
+class ModelVersion(Base):
+    """A version that a worker may be told to load. Its files are in the versions directory under its name."""
+
+    __tablename__ = "model_versions"
+
+    version: Mapped[str] = mapped_column(String(VERSION_CHARS), primary_key=True)
+    parent: Mapped[str | None] = mapped_column(String(VERSION_CHARS))
+    """The version it was fine-tuned from."""
+    manifest: Mapped[dict[str, Any]]
+    """What its manifest.json said when it was registered."""
+    registered_at: Mapped[datetime]
+
+
+class Activation(Base):
+    """Which version was made the active one, when, by whom and why. Append-only; the newest row is the truth."""
+
+    __tablename__ = "activations"
+
+    activation_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    version: Mapped[str] = mapped_column(ForeignKey("model_versions.version"))
+    activated_at: Mapped[datetime]
+    activated_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    reason: Mapped[str] = mapped_column(Text)
+
+
+class VersionLoad(Base):
+    """What came of each worker's attempt to follow an activation. Append-only."""
+
+    __tablename__ = "version_loads"
+    __table_args__ = (Index("ix_version_loads_activation", "activation_id"),)
+
+    load_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    activation_id: Mapped[int] = mapped_column(ForeignKey("activations.activation_id"))
+    worker: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    """Celery's node name."""
+    version: Mapped[str] = mapped_column(String(VERSION_CHARS))
+    """The version the worker scores with since."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """Why the activated version was refused; null where it was loaded."""
+    loaded_at: Mapped[datetime]
+
+
+class TrainingRun(Base):
+    """One retrain, from the request to the verdict. The row, not the message, is what a crash leaves behind."""
+
+    __tablename__ = "training_runs"
+
+    run_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    """`requested`, `running`, `promoted`, `refused` (by the gate) or `failed`."""
+    requested_at: Mapped[datetime]
+    requested_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    overrides: Mapped[dict[str, Any]]
+    """Trainer settings that the request changed."""
+    started_at: Mapped[datetime | None]
+    heartbeat_at: Mapped[datetime | None]
+    """Last sign of life of the training process."""
+    finished_at: Mapped[datetime | None]
+    phase: Mapped[str | None] = mapped_column(String(32))
+    """What it is doing, in a word: `data`, `training`, `evaluating`, `exporting`, `publishing`."""
+    step: Mapped[int | None]
+    total_steps: Mapped[int | None]
+    loss: Mapped[float | None]
+    seconds_left: Mapped[float | None]
+    """Of the training steps."""
+    parent: Mapped[str | None] = mapped_column(String(VERSION_CHARS))
+    version: Mapped[str | None] = mapped_column(String(VERSION_CHARS))
+    """The version it wrote."""
+    dataset_sha256: Mapped[str | None] = mapped_column(String(64))
+    metrics: Mapped[dict[str, Any] | None]
+    """Candidate's and active version's figures on the same held-out rows."""
+    reason: Mapped[str | None] = mapped_column(Text)
+    """The gate's verdict in words, or why the run failed."""
+
+
+class DeadLetter(Base):
+    """What could not be decided, why, and the bytes as they came (bounded)."""
+
+    __tablename__ = "dead_letters"
+    __table_args__ = (Index("ix_dead_letters_received_at", "received_at"),)
+
+    dead_letter_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS), primary_key=True)
+    """The submission's id, or the message's, or a hash of its bytes where it has none: a redelivery adds no row."""
+    queue: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    reason: Mapped[str] = mapped_column(String(32))
+    """One of config.names.Reason."""
+    detail: Mapped[str] = mapped_column(Text)
+    """What is wrong and what to do about it, for the producer; never the comment's text."""
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+    """The first bytes of the comment or message; empty where the producer said `store_text: false`."""
+    payload_bytes: Mapped[int]
+    """Its whole length."""
+    received_at: Mapped[datetime]
+
+
+CURRENT_ACTIONS = """
+SELECT community, comment_id, submission_id, action, decided_by, model_action, model_version, decided_at
+FROM (
+    SELECT s.community, s.comment_id, s.submission_id,
+           COALESCE(r.action, d.action) AS action,
+           CASE WHEN r.review_id IS NULL THEN 'model' ELSE r.reviewer END AS decided_by,
+           d.action AS model_action, d.model_version, d.decided_at,
+           ROW_NUMBER() OVER (PARTITION BY s.community, s.comment_id
+                              ORDER BY d.decided_at DESC, s.submission_id DESC) AS newest
+    FROM decisions d
+    JOIN submissions s ON s.submission_id = d.submission_id
+    LEFT JOIN reviews r ON r.review_id = (
+        SELECT MAX(review_id) FROM reviews WHERE submission_id = d.submission_id)
+) AS ranked
+WHERE newest = 1
+"""
+"""The view `current_actions`: what holds for each comment now, newest submission first, after reviews."""
