@@ -1,0 +1,696 @@
+"""Every question asked of the database, one function each. Owns all SQL of the project.
+
+Functions take a connection from `db.session.reading` or `writing` and never commit. Times are aware datetimes.
+What a function returns is a plain value that outlives the connection, but for the iterators: they stream, and
+are consumed while the connection is open.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+from sqlalchemy import ColumnElement, Connection, CursorResult, Select, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from config.names import LABELS
+from db.session import DatabaseProblem
+from db.tables import (
+    Activation,
+    Base,
+    DeadLetter,
+    Decision,
+    ModelVersion,
+    Policy,
+    Review,
+    Submission,
+    TrainingRun,
+    VersionLoad,
+)
+
+DECIDED = "decided"
+"""State of a submission that has its decision."""
+
+IN_LIST = 500
+"""Ids in one IN (...): each database bounds the parameters of a statement."""
+STREAM_ROWS = 500
+"""Rows held in memory of a streamed answer."""
+
+AnyRow = TypeVar("AnyRow")
+
+
+class NoSuchDecision(DatabaseProblem):
+    """A review of a submission that has no decision."""
+
+
+class NoSuchVersion(DatabaseProblem):
+    """A model version that was never registered."""
+
+
+class VersionConflict(DatabaseProblem):
+    """Two different model versions under one name."""
+
+
+class NoSuchRun(DatabaseProblem):
+    """A training run that was never requested."""
+
+
+class RunIsOver(DatabaseProblem):
+    """A word from a training run that already has its verdict."""
+
+
+# --- Decisions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredSubmission:
+    """A comment, its six scores and its action: a row of `submissions` and one of `decisions`, column by column."""
+
+    submission_id: str
+    community: str
+    comment_id: str
+    author: str | None
+    text: str | None
+    text_sha256: str
+    language: str | None
+    context: dict[str, Any] | None
+    created_at: datetime | None
+    submitted_at: datetime
+    toxic: float
+    severe_toxic: float
+    obscene: float
+    threat: float
+    insult: float
+    identity_hate: float
+    action: str
+    fired_label: str | None
+    fired_threshold: float | None
+    model_version: str
+    policy_version: str
+    windows: int
+    truncated: bool
+    queue_ms: float
+    compute_ms: float
+    decided_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of each row given to `record_decisions`, by its index there: every index is in exactly one set."""
+
+    recorded: frozenset[int]
+    repeated: frozenset[int]
+    """The submission already had its decision; nothing was written."""
+    conflicts: frozenset[int]
+    """The submission was decided with another text; nothing was written."""
+
+
+def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -> Recorded:
+    """Write each submission not seen before, with its decision. Where an id occurs twice in `rows` the first counts.
+
+    Safe while other workers record the same submissions: each is written by one of them. The policies that decided
+    must have been stored (`store_policy`).
+    """
+    first_index: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first_index.setdefault(row.submission_id, index)
+    if not first_index:
+        return Recorded(frozenset(), frozenset(), frozenset())
+
+    # In the order of ids, so that two workers inserting the same ones wait for each other but never in a circle.
+    candidates = [rows[index] for _, index in sorted(first_index.items())]
+    inserted = set(
+        connection.scalars(
+            _insert_new(connection, Submission).returning(Submission.submission_id),
+            [_columns(Submission, row) | {"state": DECIDED} for row in candidates],
+        )
+    )
+    text_sha256 = {row.submission_id: row.text_sha256 for row in candidates if row.submission_id in inserted}
+    for ids in _chunks([submission_id for submission_id in first_index if submission_id not in inserted]):
+        seen = select(Submission.submission_id, Submission.text_sha256).where(Submission.submission_id.in_(ids))
+        text_sha256 |= dict(connection.execute(seen).tuples())
+    if inserted:
+        new = [_columns(Decision, row) for row in candidates if row.submission_id in inserted]
+        connection.execute(_insert_new(connection, Decision), new)
+
+    recorded = frozenset(first_index[submission_id] for submission_id in inserted)
+    conflicts = frozenset(i for i, row in enumerate(rows) if text_sha256[row.submission_id] != row.text_sha256)
+    return Recorded(recorded, frozenset(range(len(rows))) - recorded - conflicts, conflicts)
+
+
+def store_policy(connection: Connection, text: str, *, now: datetime) -> str:
+    """Keep a policy's text; its version, the sha256 of the text's UTF-8 in hex, is returned."""
+    policy_version = hashlib.sha256(text.encode()).hexdigest()
+    connection.execute(
+        _insert_new(connection, Policy), {"policy_version": policy_version, "text": text, "first_used_at": now}
+    )
+    return policy_version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetterRow:
+    """A row of `dead_letters`, column by column."""
+
+    dead_letter_id: str
+    queue: str
+    reason: str
+    detail: str
+    payload: bytes
+    payload_bytes: int
+    received_at: datetime
+
+
+def record_dead_letters(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
+    """Set aside what could not be decided; a letter already there by its id is left as it is."""
+    if letters:
+        ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
+        connection.execute(_insert_new(connection, DeadLetter), [asdict(letter) for letter in ordered])
+
+
+def dead_letters(connection: Connection, *, limit: int) -> list[DeadLetterRow]:
+    """The newest dead letters, newest first."""
+    newest = select(DeadLetter).order_by(DeadLetter.received_at.desc(), DeadLetter.dead_letter_id).limit(limit)
+    return _all(connection, newest, DeadLetterRow)
+
+
+def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[str, Literal["decided", "dead"]]:
+    """Which of these submissions have come to an end, and which; those still on their way are absent."""
+    found: dict[str, Literal["decided", "dead"]] = {}
+    for ids in _chunks(submission_ids):
+        dead = select(DeadLetter.dead_letter_id).where(DeadLetter.dead_letter_id.in_(ids))
+        found |= dict.fromkeys(connection.scalars(dead), "dead")
+        # A conflicting repetition is a dead letter under the id of the submission that was decided.
+        decided = select(Decision.submission_id).where(Decision.submission_id.in_(ids))
+        found |= dict.fromkeys(connection.scalars(decided), "decided")
+    return found
+
+
+# --- Results -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A submission, its decision and the newest review of it."""
+
+    submission_id: str
+    community: str
+    comment_id: str
+    author: str | None
+    text: str | None
+    text_sha256: str
+    language: str | None
+    context: dict[str, Any] | None
+    created_at: datetime | None
+    submitted_at: datetime
+    toxic: float
+    severe_toxic: float
+    obscene: float
+    threat: float
+    insult: float
+    identity_hate: float
+    action: str
+    """What holds now: the reviewer's action where there is a review, else the model's."""
+    model_action: str
+    fired_label: str | None
+    fired_threshold: float | None
+    model_version: str
+    policy_version: str
+    windows: int
+    truncated: bool
+    queue_ms: float
+    compute_ms: float
+    decided_at: datetime
+    reviewer: str | None
+    """Null where nobody has reviewed it."""
+    note: str | None
+    reviewed_at: datetime | None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Label to probability, in the order of `config.names.LABELS`."""
+        return {label: getattr(self, label) for label in LABELS}
+
+
+_LATEST_REVIEW = (
+    select(func.max(Review.review_id)).where(Review.submission_id == Decision.submission_id).scalar_subquery()
+)
+_ACTION_NOW = func.coalesce(Review.action, Decision.action)
+
+
+def _select_results() -> Select[Any]:
+    submission = [column for column in Submission.__table__.c if column.name != "state"]
+    decision = [column for column in Decision.__table__.c if column.name not in ("submission_id", "action")]
+    return (
+        select(
+            *submission,
+            *decision,
+            _ACTION_NOW.label("action"),
+            Decision.action.label("model_action"),
+            Review.reviewer,
+            Review.note,
+            Review.reviewed_at,
+        )
+        .join_from(Decision, Submission)
+        .outerjoin(Review, Review.review_id == _LATEST_REVIEW)
+    )
+
+
+def result(connection: Connection, submission_id: str) -> Result | None:
+    """What became of one submission; None while it has no decision."""
+    return _first(connection, _select_results().where(Decision.submission_id == submission_id), Result)
+
+
+def results(
+    connection: Connection,
+    *,
+    community: str | None = None,
+    comment_id: str | None = None,
+    author: str | None = None,
+    action: str | None = None,
+    label: str | None = None,
+    min_score: float | None = None,
+    model_version: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    order: str = "newest",
+    limit: int | None = None,
+) -> Iterator[Result]:
+    """Stream the results that fit every filter given.
+
+    Args:
+        action: what holds now, after reviews.
+        label: with `min_score`, the label that must reach it; alone, the label whose rule led to the action.
+        min_score: least probability, of `label` or of any label.
+        since: decided then or later.
+        until: decided before then.
+        order: `newest` or `oldest` decision first, or a label: its highest score first.
+
+    Raises:
+        ValueError: an unknown label or order.
+    """
+    if label is not None and label not in LABELS:
+        raise ValueError(f"unknown label {label!r}; the labels are {', '.join(LABELS)}")
+    wanted: list[ColumnElement[bool]] = [
+        column == value
+        for column, value in (
+            (Submission.community, community),
+            (Submission.comment_id, comment_id),
+            (Submission.author, author),
+            (_ACTION_NOW, action),
+            (Decision.model_version, model_version),
+        )
+        if value is not None
+    ]
+    if min_score is not None:
+        wanted.append(or_(*(_score(name) >= min_score for name in ([label] if label else LABELS))))
+    elif label is not None:
+        wanted.append(Decision.fired_label == label)
+    if since is not None:
+        wanted.append(Decision.decided_at >= since)
+    if until is not None:
+        wanted.append(Decision.decided_at < until)
+    return _stream(connection, _select_results().where(*wanted).order_by(*_ordering(order)).limit(limit), Result)
+
+
+def _ordering(order: str) -> list[ColumnElement[Any]]:
+    if order == "newest":
+        return [Decision.decided_at.desc(), Decision.submission_id.desc()]
+    if order == "oldest":
+        return [Decision.decided_at.asc(), Decision.submission_id.asc()]
+    if order in LABELS:
+        return [_score(order).desc(), Decision.submission_id.asc()]
+    raise ValueError(f"unknown order {order!r}; it is newest, oldest or one of {', '.join(LABELS)}")
+
+
+def _score(label: str) -> ColumnElement[float]:
+    return Decision.__table__.c[label]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How much there is of everything."""
+
+    decisions: int
+    actions: dict[str, int]
+    """Decisions by the model's action; an action never taken is absent."""
+    dead_letters: int
+    reviews: int
+
+
+def totals(connection: Connection) -> Totals:
+    """Count decisions, dead letters and reviews."""
+    by_action = select(Decision.action, func.count()).group_by(Decision.action)
+    actions = dict(connection.execute(by_action).tuples())
+    return Totals(
+        decisions=sum(actions.values()),
+        actions=actions,
+        dead_letters=connection.scalar(select(func.count()).select_from(DeadLetter)) or 0,
+        reviews=connection.scalar(select(func.count()).select_from(Review)) or 0,
+    )
+
+
+# --- Reviews -----------------------------------------------------------------------------------------------------
+
+
+def add_review(
+    connection: Connection,
+    *,
+    submission_id: str,
+    action: str,
+    labels: Mapping[str, bool],
+    reviewer: str,
+    note: str | None,
+    now: datetime,
+) -> int:
+    """Write a person's word on a decision; the review's id is returned.
+
+    Args:
+        labels: those the reviewer speaks about; the others stay unknown and are not trained on.
+
+    Raises:
+        NoSuchDecision: the submission has no decision.
+        ValueError: an unknown label.
+    """
+    if unknown := sorted(set(labels) - set(LABELS)):
+        raise ValueError(f"unknown labels {', '.join(unknown)}; the labels are {', '.join(LABELS)}")
+    if connection.scalar(select(Decision.submission_id).where(Decision.submission_id == submission_id)) is None:
+        raise NoSuchDecision(f"submission {submission_id!r} has no decision to review")
+    row = {
+        "submission_id": submission_id,
+        "action": action,
+        "reviewer": reviewer,
+        "note": note,
+        "reviewed_at": now,
+        **labels,
+    }
+    return _insert_one(connection, Review, row)
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewedExample:
+    """A text and what a person says of it."""
+
+    review_id: int
+    text: str
+    labels: dict[str, bool | None]
+    """All six; None where the reviewer did not say."""
+
+
+def reviewed_examples(connection: Connection) -> Iterator[ReviewedExample]:
+    """Stream the newest review of each submission whose text was stored, oldest review first."""
+    newest = select(func.max(Review.review_id)).group_by(Review.submission_id)
+    labels = [Review.__table__.c[label] for label in LABELS]
+    statement = (
+        select(Review.review_id, Submission.text, *labels)
+        .join(Submission, Submission.submission_id == Review.submission_id)
+        .where(Review.review_id.in_(newest), Submission.text.is_not(None))
+        .order_by(Review.review_id)
+    )
+    for row in _streamed(connection, statement).mappings():
+        yield ReviewedExample(row["review_id"], row["text"], {label: row[label] for label in LABELS})
+
+
+# --- Versions and activations ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRow:
+    """A row of `model_versions`, column by column."""
+
+    version: str
+    parent: str | None
+    manifest: dict[str, Any]
+    registered_at: datetime
+
+
+def register_version(connection: Connection, manifest: Mapping[str, Any], now: datetime) -> None:
+    """Make a version known under the name in its manifest; the same manifest again changes nothing.
+
+    Raises:
+        VersionConflict: the name belongs to a version with another manifest.
+    """
+    # As JSON keeps it, so that a tuple equals the list it becomes.
+    manifest = json.loads(json.dumps(dict(manifest)))
+    name = manifest["version"]
+    row = {"version": name, "parent": manifest.get("parent"), "manifest": manifest, "registered_at": now}
+    connection.execute(_insert_new(connection, ModelVersion), row)
+    if connection.scalar(select(ModelVersion.manifest).where(ModelVersion.version == name)) != manifest:
+        raise VersionConflict(f"another model version is already registered as {name!r}: its manifest differs")
+
+
+def versions(connection: Connection) -> list[VersionRow]:
+    """Every registered version, newest first."""
+    newest_first = select(ModelVersion).order_by(ModelVersion.registered_at.desc(), ModelVersion.version.desc())
+    return _all(connection, newest_first, VersionRow)
+
+
+def version(connection: Connection, name: str) -> VersionRow | None:
+    """The version registered under this name."""
+    return _first(connection, select(ModelVersion).where(ModelVersion.version == name), VersionRow)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationRow:
+    """A row of `activations`, column by column."""
+
+    activation_id: int
+    version: str
+    activated_at: datetime
+    activated_by: str
+    reason: str
+
+
+def activate(connection: Connection, *, version: str, by: str, reason: str, now: datetime) -> int:
+    """Make a registered version the active one; the activation's id is returned.
+
+    Raises:
+        NoSuchVersion: no version is registered under this name.
+    """
+    if connection.scalar(select(ModelVersion.version).where(ModelVersion.version == version)) is None:
+        raise NoSuchVersion(f"no model version {version!r} is registered")
+    row = {"version": version, "activated_at": now, "activated_by": by, "reason": reason}
+    return _insert_one(connection, Activation, row)
+
+
+def active(connection: Connection) -> ActivationRow | None:
+    """The newest activation: the truth that workers follow. None before the first."""
+    return next(iter(activations(connection, limit=1)), None)
+
+
+def activations(connection: Connection, limit: int) -> list[ActivationRow]:
+    """The newest activations, newest first."""
+    newest = select(Activation).order_by(Activation.activation_id.desc()).limit(limit)
+    return _all(connection, newest, ActivationRow)
+
+
+def previous_version(connection: Connection) -> str | None:
+    """The version that was active before the active one; None where there was no other."""
+    now_active = select(Activation.version).order_by(Activation.activation_id.desc()).limit(1).scalar_subquery()
+    other = select(Activation.version).where(Activation.version != now_active)
+    return connection.scalar(other.order_by(Activation.activation_id.desc()).limit(1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRow:
+    """A row of `version_loads`, column by column."""
+
+    load_id: int
+    activation_id: int
+    worker: str
+    version: str
+    error: str | None
+    loaded_at: datetime
+
+
+def record_load(
+    connection: Connection, *, activation_id: int, worker: str, version: str, error: str | None, now: datetime
+) -> None:
+    """Note what came of a worker's attempt to follow an activation: the version it scores with since, or the error."""
+    row = {
+        "activation_id": activation_id,
+        "worker": worker,
+        "version": version,
+        "error": error,
+        "loaded_at": now,
+    }
+    _insert_one(connection, VersionLoad, row)
+
+
+def loads(connection: Connection, activation_id: int) -> list[LoadRow]:
+    """Each worker's newest word on this activation, by the worker's name."""
+    newest = (
+        select(func.max(VersionLoad.load_id))
+        .where(VersionLoad.activation_id == activation_id)
+        .group_by(VersionLoad.worker)
+    )
+    statement = select(VersionLoad).where(VersionLoad.load_id.in_(newest)).order_by(VersionLoad.worker)
+    return _all(connection, statement, LoadRow)
+
+
+# --- Training runs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """A row of `training_runs`, column by column."""
+
+    run_id: str
+    state: str
+    requested_at: datetime
+    requested_by: str
+    overrides: dict[str, Any]
+    started_at: datetime | None
+    heartbeat_at: datetime | None
+    finished_at: datetime | None
+    phase: str | None
+    step: int | None
+    total_steps: int | None
+    loss: float | None
+    seconds_left: float | None
+    parent: str | None
+    version: str | None
+    dataset_sha256: str | None
+    metrics: dict[str, Any] | None
+    reason: str | None
+
+
+class Progress(TypedDict, total=False):
+    """Columns of `training_runs` that a running training sets as it goes."""
+
+    phase: str
+    step: int
+    total_steps: int
+    loss: float
+    seconds_left: float
+    parent: str | None
+    dataset_sha256: str
+
+
+def request_run(
+    connection: Connection, *, run_id: str, requested_by: str, overrides: Mapping[str, Any], now: datetime
+) -> None:
+    """Write down that a training is wanted; its message may come before or after, once or more."""
+    row = {
+        "run_id": run_id,
+        "state": "requested",
+        "requested_at": now,
+        "requested_by": requested_by,
+        "overrides": dict(overrides),
+    }
+    connection.execute(_insert_new(connection, TrainingRun), row)
+
+
+def claim_run(connection: Connection, run_id: str, now: datetime) -> bool:
+    """Turn a requested run into a running one. True for the one caller that did; false for every other."""
+    requested = TrainingRun.run_id == run_id, TrainingRun.state == "requested"
+    claim = update(TrainingRun).where(*requested).values(state="running", started_at=now, heartbeat_at=now)
+    return connection.execute(claim).rowcount == 1
+
+
+def report_progress(connection: Connection, run_id: str, *, now: datetime, **progress: Unpack[Progress]) -> None:
+    """A sign of life of a running training, with what it has to say.
+
+    Raises:
+        RunIsOver: the run was given up meanwhile; the training should stop.
+        NoSuchRun: there is no such run.
+    """
+    running = TrainingRun.run_id == run_id, TrainingRun.state == "running"
+    _update_run(connection, run_id, update(TrainingRun).where(*running).values(heartbeat_at=now, **progress))
+
+
+def finish_run(
+    connection: Connection,
+    run_id: str,
+    *,
+    state: Literal["promoted", "refused", "failed"],
+    reason: str,
+    version: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    now: datetime,
+) -> None:
+    """Give a run its verdict, once. In one transaction with its activation, a run given up promotes nothing.
+
+    Raises:
+        RunIsOver: it has one already.
+        NoSuchRun: there is no such run.
+    """
+    verdict = {
+        "state": state,
+        "reason": reason,
+        "version": version,
+        "metrics": None if metrics is None else dict(metrics),
+        "finished_at": now,
+    }
+    unfinished = TrainingRun.run_id == run_id, TrainingRun.state.in_(("requested", "running"))
+    _update_run(connection, run_id, update(TrainingRun).where(*unfinished).values(**verdict))
+
+
+def _update_run(connection: Connection, run_id: str, statement: Any) -> None:
+    if connection.execute(statement).rowcount == 1:
+        return
+    state = connection.scalar(select(TrainingRun.state).where(TrainingRun.run_id == run_id))
+    if state is None:
+        raise NoSuchRun(f"there is no training run {run_id!r}")
+    raise RunIsOver(f"training run {run_id!r} is not running: it is {state}")
+
+
+def fail_abandoned_runs(connection: Connection, *, silent_since: datetime, now: datetime) -> list[str]:
+    """Fail the running runs that gave no sign of life since then; their ids are returned."""
+    abandoned = TrainingRun.state == "running", TrainingRun.heartbeat_at < silent_since
+    reason = "the training process stopped without a word"
+    give_up = update(TrainingRun).where(*abandoned).values(state="failed", reason=reason, finished_at=now)
+    return sorted(connection.scalars(give_up.returning(TrainingRun.run_id)))
+
+
+def run(connection: Connection, run_id: str) -> RunRow | None:
+    """One training run."""
+    return _first(connection, select(TrainingRun).where(TrainingRun.run_id == run_id), RunRow)
+
+
+def runs(connection: Connection, limit: int) -> list[RunRow]:
+    """The newest training runs, newest first."""
+    newest = select(TrainingRun).order_by(TrainingRun.requested_at.desc(), TrainingRun.run_id).limit(limit)
+    return _all(connection, newest, RunRow)
+
+
+# --- Rows --------------------------------------------------------------------------------------------------------
+
+
+def _insert_new(connection: Connection, table: type[Base]) -> Any:
+    """An INSERT that passes over rows whose primary key is there already."""
+    dialect: Any = {"postgresql": postgresql, "sqlite": sqlite}[connection.dialect.name]
+    return dialect.insert(table).on_conflict_do_nothing(index_elements=list(table.__table__.primary_key))
+
+
+def _insert_one(connection: Connection, table: type[Base], row: dict[str, Any]) -> int:
+    inserted: CursorResult[Any] = connection.execute(insert(table).values(row))
+    assert inserted.inserted_primary_key is not None
+    return int(inserted.inserted_primary_key[0])
+
+
+def _columns(table: type[Base], row: ScoredSubmission) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in table.__table__.c.keys() if name != "state"}  # noqa: SIM118
+
+
+def _chunks(ids: Collection[str]) -> Iterator[list[str]]:
+    listed = list(ids)
+    return (listed[start : start + IN_LIST] for start in range(0, len(listed), IN_LIST))
+
+
+def _first(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> AnyRow | None:
+    row = connection.execute(statement).mappings().first()
+    return None if row is None else kind(**row)
+
+
+def _all(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> list[AnyRow]:
+    return [kind(**row) for row in connection.execute(statement).mappings()]
+
+
+def _streamed(connection: Connection, statement: Select[Any]) -> CursorResult[Any]:
+    return connection.execute(statement, execution_options={"yield_per": STREAM_ROWS})
+
+
+def _stream(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> Iterator[AnyRow]:
+    return (kind(**row) for row in _streamed(connection, statement).mappings())

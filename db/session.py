@@ -1,0 +1,87 @@
+"""The engine and the scopes of a transaction. Owns what differs between SQLite and PostgreSQL at connection time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+BUSY_TIMEOUT_S = 30
+"""How long a SQLite writer waits for another one."""
+CONNECT_TIMEOUT_S = 10
+
+
+class DatabaseProblem(Exception):
+    """What was asked of the database cannot be; the message says why."""
+
+
+def open_database(url: str) -> Engine:
+    """An engine for one process: made after a fork, never carried across one. Connects only when first used.
+
+    Args:
+        url: `sqlite:////path/to/file.db`, whose folder is created, or `postgresql+psycopg://user@host/name`.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _open_sqlite(parsed)
+    return create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection that sees one state of a SQLite database, and on PostgreSQL each statement's newest."""
+    with engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A connection in a write transaction: committed at the end, rolled back when the body raises."""
+    with engine.connect().execution_options(write=True) as connection, connection.begin():
+        yield connection
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the same data may succeed later: database unreachable, locked, full, read-only or not yet migrated.
+
+    False for what the data itself caused, such as a character that PostgreSQL cannot store.
+    """
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    if isinstance(error, DataError | IntegrityError):
+        return False
+    sqlstate: str = getattr(error.orig, "sqlstate", None) or ""
+    if isinstance(error, ProgrammingError):
+        # Class 42 is a missing table or privilege; any other is a value that the driver cannot send.
+        return sqlstate.startswith("42")
+    # Class 54: the row is larger than PostgreSQL allows.
+    return not sqlstate.startswith("54")
+
+
+def _open_sqlite(url: URL) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def configure(driver_connection: Any, _record: Any) -> None:
+        # The driver's own BEGIN comes late (before the first write) and is never IMMEDIATE: `begin` below does it.
+        driver_connection.isolation_level = None
+        driver_connection.execute("PRAGMA journal_mode = WAL")
+        driver_connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A read transaction that turns to writing while another writes fails at once, whatever the busy timeout.
+        # BEGIN IMMEDIATE takes its turn before it reads.
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
