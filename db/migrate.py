@@ -1,0 +1,68 @@
+"""Brings a database to this release's schema, or back. Owns when a migration may run; what it does is in migrations/."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, func, select
+
+from db.session import DatabaseProblem, open_database, reading, writing
+
+MIGRATIONS = Path(__file__).resolve().parent / "migrations"
+UPGRADE_LOCK = 6_877_836_932
+"""PostgreSQL's advisory lock of whoever migrates; any number that nobody else uses."""
+
+
+class SchemaMismatch(DatabaseProblem):
+    """The database has another schema than this release; the message says what to run."""
+
+
+def upgrade(url: str) -> None:
+    """Bring the database to this release's schema, whatever it is at; a second caller waits and finds it done."""
+    _migrate(url, lambda config: command.upgrade(config, "head"))
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Bring the database back to an older revision, or to `base`: nothing. What the newer tables held is lost."""
+    _migrate(url, lambda config: command.downgrade(config, revision))
+
+
+def require_current(engine: Engine) -> None:
+    """Make sure that the database has this release's schema.
+
+    Raises:
+        SchemaMismatch: it has not.
+    """
+    scripts = ScriptDirectory(str(MIGRATIONS))
+    needed = scripts.get_current_head()
+    with reading(engine) as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found == needed:
+        return
+    database = engine.url.render_as_string(hide_password=True)
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise SchemaMismatch(
+            f"the database {database} is at schema revision {found}, which this release does not know: "
+            "run a release as new as the one that upgraded it"
+        )
+    at = "has no tables yet" if found is None else f"is at schema revision {found}"
+    raise SchemaMismatch(f"the database {database} {at}, but this release needs {needed}: run `moderato db upgrade`")
+
+
+def _migrate(url: str, step: Callable[[Config], None]) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    engine = open_database(url)
+    try:
+        # One transaction around it all: a migration that fails leaves nothing behind. On SQLite it also keeps a
+        # second migrating process waiting, as the lock does on PostgreSQL.
+        with writing(engine) as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(UPGRADE_LOCK)))
+            config.attributes["connection"] = connection
+            step(config)
+    finally:
+        engine.dispose()

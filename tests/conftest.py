@@ -1,0 +1,84 @@
+"""Fixtures that every test may ask for: a real Redis, and real databases with and without our tables."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from sqlalchemy import URL, Engine
+
+from api_client.embedded import EmbeddedRedis
+from db.migrate import upgrade
+from db.session import open_database
+from tests.services import new_database, postgres_server
+
+
+@pytest.fixture(scope="session")
+def _redis() -> Iterator[EmbeddedRedis]:
+    # In /tmp itself, because a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder:
+        with EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis:
+            yield redis
+
+
+@pytest.fixture
+def redis_url(_redis: EmbeddedRedis) -> str:
+    """An empty Redis, as Celery writes its URL."""
+    with Redis(unix_socket_path=str(_redis.socket)) as client:
+        client.flushall()
+    return _redis.url
+
+
+@pytest.fixture(scope="session")
+def _postgres() -> Iterator[URL]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def empty_postgres_url(_postgres: URL) -> Iterator[str]:
+    """A PostgreSQL database without tables."""
+    with new_database(_postgres) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_sqlite_url(tmp_path: Path) -> str:
+    """A SQLite database without tables; its file is not there yet."""
+    return f"sqlite:///{tmp_path / 'database' / 'moderato.db'}"
+
+
+@pytest.fixture
+def postgres_url(empty_postgres_url: str) -> str:
+    """A PostgreSQL database with our tables."""
+    upgrade(empty_postgres_url)
+    return empty_postgres_url
+
+
+@pytest.fixture
+def sqlite_url(empty_sqlite_url: str) -> str:
+    """A SQLite database with our tables."""
+    upgrade(empty_sqlite_url)
+    return empty_sqlite_url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_database_url(request: pytest.FixtureRequest) -> str:
+    """A database without tables: the test runs on SQLite and again on PostgreSQL."""
+    return str(request.getfixturevalue(f"empty_{request.param}_url"))
+
+
+@pytest.fixture
+def database_url(empty_database_url: str) -> str:
+    """A database with our tables: the test runs on SQLite and again on PostgreSQL."""
+    upgrade(empty_database_url)
+    return empty_database_url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on `database_url`."""
+    engine = open_database(database_url)
+    yield engine
+    engine.dispose()

