@@ -7,6 +7,7 @@ silently ignored a misspelt threshold would moderate by a policy nobody wrote.
 import difflib
 import hashlib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -167,7 +168,9 @@ def without_password(url: str) -> str:
             return part
         return f"{scheme}{separator}{userinfo.partition(':')[0]}:***@{host}"
 
-    return ";".join(map(hide, url.split(";")))
+    # A semicolon separates Sentinel's hosts, but may also stand in a password.
+    shown = ";".join(map(hide, re.split(r";(?=[\w+]+://)", url)))
+    return re.sub(r"([?&]\w*password=)[^&;'\"]*", r"\1***", shown)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
@@ -176,7 +179,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file {path} is not YAML: {error}") from None
+        raise SettingsError(f"settings file {path} is not YAML: {_trouble(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -193,9 +196,21 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise SettingsError(f"{variable} in the environment steps into {section}, which is set to a value there")
         # Lists are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'.
-        target[key] = yaml.safe_load(text) if text.startswith("[") else text
+        try:
+            target[key] = yaml.safe_load(text) if text.startswith("[") else text
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{variable} in the environment is not a list as in YAML: {_trouble(error)}") from None
     return values
+
+
+def _trouble(error: Exception) -> str:
+    """What YAML says, without the line it quotes: that may hold a password."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _merge(
