@@ -26,6 +26,11 @@ WORKER_CONTROL_EXCHANGE = "moderato.worker"
 """Remote-control exchange of our workers, so that a broadcast never reaches another team's."""
 TRAINER_CONTROL_EXCHANGE = "moderato.trainer"
 
+WORKER_UNACKED_KEY = "moderato.worker.unacked"
+"""Redis hash of the messages that workers hold. Our own: every consumer of a Redis database sweeps kombu's default
+key with its own timeout, and would give our messages, or we another team's, to somebody else."""
+TRAINER_UNACKED_KEY = "moderato.trainer.unacked"
+
 ACTIVATION_CHANGED = "activation_changed"
 """Remote-control command that tells a worker to look at the newest `activations` row now."""
 
