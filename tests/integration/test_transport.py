@@ -1,0 +1,583 @@
+"""The transport on a real Redis: what it takes, what it keeps, and what comes back."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import celery
+import kombu
+import pytest
+from kombu.asynchronous import Hub
+from kombu.transport import TRANSPORT_ALIASES, _transport_cache
+from redis import Redis
+
+from api_client.embedded import EmbeddedRedis
+from config.names import MODERATE_QUEUE, MODERATE_TASK
+from tests.services import wait_until
+from worker import transport
+from worker.envelope import MALFORMED_HEADER
+from worker.transport import TAGS_PER_SCRIPT, transport_options
+
+UNACKED = transport_options(1)["unacked_key"]
+UNACKED_INDEX = transport_options(1)["unacked_index_key"]
+
+
+class HubConsumer:
+    """A consumer on kombu's event loop, as Celery's worker has it; holds its messages until told otherwise."""
+
+    def __init__(self, broker_url: str, queues: tuple[str, ...] = (MODERATE_QUEUE,), **options: Any) -> None:
+        self.messages: list[Any] = []
+        self.on_message: Callable[[Any], None] = self.messages.append
+        self.connection = kombu.Connection(broker_url, transport_options=transport_options(30) | options)
+        self.connection.transport_cls = "worker.transport:Transport"
+        self.channel = self.connection.channel()
+        self.consumer = kombu.Consumer(
+            self.channel,
+            [kombu.Queue(queue) for queue in queues],
+            on_message=lambda message: self.on_message(message),
+            auto_declare=False,
+        )
+        self.consumer.consume()
+        self.hub = Hub()
+        self.connection.transport.register_with_event_loop(self.connection.connection, self.hub)
+        self._loop = self.hub.create_loop()
+
+    def tick(self) -> None:
+        next(self._loop)
+
+    def run_until(self, condition: Callable[[], Any], what: str) -> None:
+        def after_a_tick() -> Any:
+            self.tick()
+            return condition()
+
+        wait_until(after_a_tick, what=what)
+
+    def receive(self, count: int) -> list[Any]:
+        self.run_until(lambda: len(self.messages) >= count, f"the arrival of {count} messages")
+        return self.messages
+
+    def close(self) -> None:
+        self.connection.close()
+        self.hub.close()
+
+
+@pytest.fixture
+def consume(redis_url: str) -> Iterator[Callable[..., HubConsumer]]:
+    """Opens consumers on `redis_url`, and closes them."""
+    with ExitStack() as stack:
+
+        def open_consumer(**options: Any) -> HubConsumer:
+            consumer = HubConsumer(redis_url, **options)
+            stack.callback(consumer.close)
+            return consumer
+
+        yield open_consumer
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
+        yield client
+
+
+@pytest.fixture
+def producer(redis_url: str) -> Iterator[celery.Celery]:
+    """Someone else's Celery app, which knows nothing of ours."""
+    with celery.Celery(broker=redis_url, set_as_current=False) as app:
+        yield app
+
+
+def send(producer: celery.Celery, *texts: str, queue: str = MODERATE_QUEUE, **options: Any) -> list[str]:
+    """Submits one message for each text; returns their ids."""
+    return [producer.send_task(MODERATE_TASK, [[{"text": text}]], queue=queue, **options).id for text in texts]
+
+
+def ids(messages: list[Any]) -> list[str]:
+    return [message.headers["id"] for message in messages]
+
+
+def held(redis: Redis) -> int:
+    count = redis.hlen(UNACKED)
+    assert redis.zcard(UNACKED_INDEX) == count
+    return int(count)
+
+
+@contextmanager
+def setting(redis: Redis, name: str, value: str) -> Iterator[None]:
+    before = redis.config_get(name)[name]
+    assert before is not None
+    redis.config_set(name, value)
+    try:
+        yield
+    finally:
+        redis.config_set(name, before)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://localhost:6379/0", transport.Channel),
+        ("rediss://localhost:6379/0", transport.Channel),
+        ("redis+socket:///tmp/redis.sock", transport.Channel),
+        ("sentinel://one:26379;sentinel://two:26379", transport.SentinelChannel),
+    ],
+)
+def test_every_form_of_url_gets_our_channel(
+    url: str, expected: type, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # Given a process that has already looked up kombu's own transport
+    monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", TRANSPORT_ALIASES)
+    for alias in ("redis", "rediss", "sentinel"):
+        monkeypatch.setitem(TRANSPORT_ALIASES, alias, TRANSPORT_ALIASES[alias])
+    request.addfinalizer(_transport_cache.clear)
+    assert kombu.Connection(url).get_transport_cls().Channel is not expected
+    # When ours is installed
+    transport.install()
+    # Then both kombu and Celery find ours
+    assert kombu.Connection(url).get_transport_cls().Channel is expected
+    with celery.Celery(broker=url, set_as_current=False) as app:
+        assert app.connection_for_read().get_transport_cls().Channel is expected
+
+
+def test_messages_of_a_stock_producer_arrive_whatever_their_priority(
+    producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given messages in the queue's main list and in those of kombu's priorities
+    sent = [*send(producer, "plain"), *(send(producer, "p", priority=n)[0] for n in (0, 3, 5, 6, 9))]
+    # When we consume
+    messages = consume().receive(len(sent))
+    # Then each arrived once, as Celery wrote it
+    assert sorted(ids(messages)) == sorted(sent)
+    assert {message.headers["task"] for message in messages} == {MODERATE_TASK}
+    assert json.loads(next(m for m in messages if m.headers["id"] == sent[0]).body)[0] == [[{"text": "plain"}]]
+
+
+def test_messages_sent_while_we_wait_arrive_from_every_queue(
+    producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given a consumer that waits at two empty queues
+    consumer = consume(queues=("first", "second"))
+    consumer.run_until(lambda: consumer.channel._fetching is None and consumer.channel._in_poll, "waiting")
+    # When something arrives in each, with a priority and without
+    sent = send(producer, "a", queue="first") + send(producer, "b", queue="second", priority=9)
+    # Then both are delivered
+    assert sorted(ids(consumer.receive(2))) == sorted(sent)
+
+
+def test_fetch_moves_messages_to_the_unacknowledged_before_we_read_them(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given messages in the queue
+    send(producer, "a", "b", "c")
+    consumer = consume()
+    # When a fetch was sent whose reply nobody has read, as when the process is killed just then
+    consumer.channel.connection.cycle.on_poll_start()
+    # Then Redis holds the messages as unacknowledged, and no longer in the queue
+    wait_until(lambda: redis.llen(MODERATE_QUEUE) == 0, what="the move")
+    assert held(redis) == 3
+    assert not consumer.messages
+
+
+def test_waiting_takes_nothing(producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis) -> None:
+    # Given a consumer that waits
+    consumer = consume()
+    consumer.run_until(lambda: consumer.channel._fetching is None and consumer.channel._in_poll, "waiting")
+    # When a message arrives, and the wait that it ends is never read
+    send(producer, "a")
+    wait_until(lambda: redis.info("clients")["blocked_clients"] == 0, what="the end of the wait")
+    # Then the message is still in the queue
+    assert redis.llen(MODERATE_QUEUE) == 1
+    assert held(redis) == 0
+
+
+def test_acknowledged_message_leaves_nothing_behind(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given messages that we hold
+    send(producer, "a", "b")
+    consumer = consume()
+    first, _ = consumer.receive(2)
+    # When one is acknowledged
+    first.ack()
+    consumer.tick()
+    # Then Redis holds the other only
+    assert held(redis) == 1
+
+
+def test_rejected_message_goes_back_as_it_was_sent(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a message that we hold, and another that waits
+    send(producer, "a", priority=3)
+    key = f"{MODERATE_QUEUE}\x06\x163"
+    raw = redis.lindex(key, 0)
+    consumer = consume()
+    [message] = consumer.receive(1)
+    consumer.channel.fetch_limit = lambda: 0
+    send(producer, "b", priority=3)
+    # When it is requeued
+    message.requeue()
+    # Then it waits behind the other, in the list it came from, byte for byte
+    assert redis.lindex(key, 0) == raw
+    assert redis.llen(key) == 2
+    assert held(redis) == 0
+
+
+def test_dropped_message_is_gone(producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis) -> None:
+    send(producer, "a")
+    consumer = consume()
+    consumer.receive(1)[0].reject()
+    consumer.tick()
+    assert held(redis) == redis.llen(MODERATE_QUEUE) == 0
+
+
+def test_fetch_stops_after_the_message_that_reaches_its_bytes(
+    producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given a bound that one message passes, and two that it does not
+    send(producer, *("x" * 10_000 for _ in range(4)))
+    consumer = consume()
+    consumer.channel.max_fetch_bytes = 20_000
+    # When one fetch is answered
+    consumer.run_until(lambda: consumer.messages, "the first fetch")
+    # Then it brought the one below the bound and the one that reached it
+    assert len(consumer.messages) == 2
+    assert len(consumer.receive(4)) == 4
+
+
+def test_nothing_is_taken_without_room_and_all_of_it_afterwards(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a consumer with room for two
+    send(producer, "a", "b", "c", "d", "e")
+    consumer = consume()
+    room = 2
+    consumer.channel.fetch_limit = lambda: room - len(consumer.messages)
+    # When it runs on for a few ticks after those
+    consumer.receive(2)
+    for _ in range(3):
+        consumer.tick()
+    # Then the others wait in Redis
+    assert len(consumer.messages) == held(redis) == 2
+    assert redis.llen(MODERATE_QUEUE) == 3
+    # And when there is room again they come
+    room = 10
+    assert len(consumer.receive(5)) == 5
+
+
+def test_fetch_under_way_when_room_ends_is_delivered(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a fetch that Redis has answered
+    sent = send(producer, "a")
+    consumer = consume()
+    consumer.channel.connection.cycle.on_poll_start()
+    wait_until(lambda: held(redis) == 1, what="the move")
+    # When there is no room any more
+    consumer.channel.fetch_limit = lambda: 0
+    # Then its messages arrive, because nobody else would look after them
+    assert ids(consumer.receive(1)) == sent
+
+
+def test_prefetch_count_bounds_what_is_held(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a prefetch count of two
+    send(producer, "a", "b", "c")
+    consumer = consume()
+    consumer.consumer.qos(prefetch_count=2)
+    consumer.receive(2)
+    consumer.tick()
+    assert redis.llen(MODERATE_QUEUE) == 1
+    # When one is acknowledged
+    consumer.messages[0].ack()
+    # Then another arrives
+    assert len(consumer.receive(3)) == 3
+
+
+def test_only_messages_whose_lease_is_not_renewed_come_back(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a living consumer, and a later one that holds a message and stands still
+    short = {"visibility_timeout": 3, "unacked_restore_interval": 0.5}
+    living, dead, next_one = (consume(**short) for _ in range(3))
+    [kept] = send(producer, "kept")
+    living.receive(1)
+    [abandoned] = send(producer, "abandoned")
+    dead.receive(1)
+    # When the living renews its leases for as long as it takes the other's to end
+    next_one.run_until(
+        lambda: (living.channel.qos.renew_leases(), next_one.messages)[1], "the return of the abandoned message"
+    )
+    # Then only the other's message was delivered again
+    assert ids(next_one.messages) == [abandoned]
+    assert ids(living.messages) == [kept]
+    assert held(redis) == 2
+    # And when its first consumer, which was only slow, acknowledges it after all, the delivery that counts stays
+    dead.messages[0].ack()
+    dead.channel.qos.flush_acks()
+    assert held(redis) == 2
+
+
+def test_more_expired_messages_than_one_script_returns_come_back(
+    consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given what a dead worker held, and one entry whose message is gone
+    messages = [b"%d" % n for n in range(TAGS_PER_SCRIPT + 1)]
+    redis.hset(UNACKED, mapping={message: MODERATE_QUEUE.encode() + b"\n" + message for message in messages})
+    redis.zadd(UNACKED_INDEX, dict.fromkeys(messages, 1) | {b"gone": 1})
+    # When it is swept
+    consume().channel.qos.restore_visible()
+    # Then all are in the queue, as they were sent
+    assert held(redis) == 0
+    assert sorted(redis.lrange(MODERATE_QUEUE, 0, -1)) == sorted(messages)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"not json", id="not-json"),
+        pytest.param(b"\xff\xfe\x00", id="not-utf8"),
+        pytest.param(b"[1,2]", id="list"),
+        pytest.param(b"[" * 200_000 + b"]" * 200_000, id="deep"),
+        pytest.param(b'{"body": "e30=", "content-type": "application/json", "headers": {}}', id="no-properties"),
+        pytest.param(
+            b'{"body": "e30=", "content-type": "application/x-python-serialize", "headers": {}, '
+            b'"properties": {"delivery_tag": "a", "body_encoding": "base64"}}',
+            id="pickle",
+        ),
+        pytest.param(
+            b'{"body": "*", "content-type": "application/json", "headers": {}, '
+            b'"properties": {"delivery_tag": "a", "body_encoding": "base64"}}',
+            id="not-base64",
+        ),
+        pytest.param(
+            b'{"body": "e30=", "content-type": "application/json", "headers": {}, '
+            b'"properties": {"delivery_tag": "a", "body_encoding": "rot13"}}',
+            id="unknown-body-encoding",
+        ),
+    ],
+)
+def test_unreadable_message_arrives_wrapped_and_can_be_acknowledged(
+    raw: bytes, redis: Redis, producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given an unreadable message before a good one
+    redis.lpush(MODERATE_QUEUE, raw)
+    sent = send(producer, "good")
+    # When both are consumed
+    consumer = consume()
+    malformed, good = consumer.receive(2)
+    # Then the unreadable one says why, and the good one is not disturbed
+    assert malformed.headers[MALFORMED_HEADER]
+    assert malformed.body == raw[:65536]
+    assert MALFORMED_HEADER not in good.headers
+    assert [good.headers["id"]] == sent
+    # And it can be returned as it was, and acknowledged
+    malformed.requeue()
+    assert redis.lindex(MODERATE_QUEUE, 0) == raw
+    consumer.receive(3)[2].ack()
+    consumer.tick()
+    assert held(redis) == 1
+
+
+def test_message_without_delivery_tag_is_an_ordinary_one(redis: Redis, consume: Callable[..., HubConsumer]) -> None:
+    # Given two messages of a producer that writes no tags
+    raw = b'{"body": "[]", "content-type": "application/json", "headers": {}, "properties": {}}'
+    redis.lpush(MODERATE_QUEUE, raw, raw)
+    # When one of them is acknowledged
+    consumer = consume()
+    first, _ = consumer.receive(2)
+    first.ack()
+    consumer.tick()
+    # Then the other is still held
+    assert held(redis) == 1
+
+
+def test_close_writes_acknowledgements_and_returns_the_rest_in_order(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given three messages held, the first of them just acknowledged
+    _, *rest = send(producer, "a", "b", "c")
+    consumer = consume()
+    consumer.receive(3)[0].ack()
+    # When the consumer closes
+    consumer.close()
+    # Then the others are back, and come again in their order
+    assert held(redis) == 0
+    assert redis.llen(MODERATE_QUEUE) == 2
+    assert ids(consume().receive(2)) == rest
+    # And a late acknowledgement of what went back is ignored
+    consumer.messages[1].ack()
+
+
+def test_close_returns_what_a_fetch_under_way_has_taken(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a fetch that Redis has answered
+    send(producer, "a", "b")
+    consumer = consume()
+    consumer.channel.connection.cycle.on_poll_start()
+    wait_until(lambda: held(redis) == 2, what="the move")
+    # When the consumer closes before it was read
+    consumer.close()
+    # Then its messages are in the queue, and were not delivered
+    assert held(redis) == 0
+    assert redis.llen(MODERATE_QUEUE) == 2
+    assert not consumer.messages
+
+
+def test_messages_behind_one_whose_consumer_failed_go_back(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a consumer that fails on the first message of a fetch
+    send(producer, "a", "b", "c")
+    consumer = consume()
+
+    def fail(message: Any) -> None:
+        raise ArithmeticError
+
+    consumer.on_message = fail
+    # When the fetch is delivered
+    with pytest.raises(ArithmeticError):
+        consumer.run_until(lambda: False, "the failure")
+    # Then the failed one is held until we close, and the others can be taken by anyone
+    assert held(redis) == 1
+    assert redis.llen(MODERATE_QUEUE) == 2
+
+
+def test_full_redis_still_hands_out_renews_and_forgets(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a Redis at its memory's limit
+    send(producer, "a", "b")
+    consumer = consume()
+    with setting(redis, "maxmemory", "1"):
+        # When messages are taken and their leases renewed, Redis does not refuse
+        first, second = consumer.receive(2)
+        consumer.channel.qos.renew_leases()
+        # And one can be acknowledged, the other returned
+        first.ack()
+        second.requeue()
+        consumer.tick()
+        assert held(redis) == 1 - redis.llen(MODERATE_QUEUE)
+        # And waiting at the empty queue, which it does refuse, goes on
+        consumer.receive(3)[2].ack()
+        for _ in range(3):
+            consumer.tick()
+    # Then afterwards all is as before
+    sent = send(producer, "c")
+    consumer.run_until(lambda: ids(consumer.messages[3:]) == sent, "the next message")
+
+
+def test_global_key_prefix_applies_to_every_key(
+    redis_url: str, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a producer and a consumer with the same key prefix
+    options = {"global_keyprefix": "team:"}
+    with celery.Celery(broker=redis_url, broker_transport_options=options, set_as_current=False) as producer:
+        send(producer, "a", "b", "c")
+    consumer = consume(**options)
+    # When messages are taken, one is acknowledged and one is returned
+    first, second, _ = consumer.receive(3)
+    consumer.channel.fetch_limit = lambda: 0
+    first.ack()
+    second.requeue()
+    consumer.channel.qos.renew_leases()
+    consumer.tick()
+    # Then every key has the prefix
+    assert redis.hlen("team:" + UNACKED) == redis.zcard("team:" + UNACKED_INDEX) == 1
+    assert redis.llen("team:" + MODERATE_QUEUE) == 1
+    assert redis.dbsize() == len(list(redis.scan_iter("team:*")))
+
+
+def test_stock_consumer_can_take_over(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis_url: str
+) -> None:
+    # Given a message that our consumer took and gave back
+    sent = send(producer, "a")
+    consumer = consume()
+    consumer.receive(1)
+    consumer.close()
+    # When a stock consumer reads the queue, then it finds the message
+    with kombu.Connection(redis_url) as connection, connection.channel() as channel:
+        message = kombu.Queue(MODERATE_QUEUE, channel=channel).get()
+        assert ids([message]) == sent
+        message.ack()
+
+
+def test_request_and_reply_leave_nothing_unacknowledged(consume: Callable[..., HubConsumer], redis: Redis) -> None:
+    # Given a consumer that does not acknowledge, as of remote control's replies
+    consumer = consume(queues=())
+    consumer.consumer.add_queue(kombu.Queue("replies"))
+    consumer.consumer.consume(no_ack=True)
+    # When a reply arrives
+    with consumer.connection.Producer() as reply:
+        reply.publish({"ok": "pong"}, routing_key="replies", serializer="json")
+    # Then it is delivered, and forgotten
+    assert consumer.receive(1)[0].decode() == {"ok": "pong"}
+    assert held(redis) == 0
+
+
+def test_channel_of_a_dead_redis_closes_without_an_error(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Given messages held, an acknowledgement not yet written and a wait under way, when Redis ends
+    folder = tmp_path_factory.mktemp("r", numbered=True)
+    with EmbeddedRedis(folder / "s", data=folder / "data", log=folder / "redis.log") as server:
+        with celery.Celery(broker=server.url, set_as_current=False) as producer:
+            send(producer, "a", "b")
+        consumer = HubConsumer(server.url)
+        consumer.receive(2)
+        consumer.run_until(lambda: consumer.channel._in_poll, "a command under way")
+        consumer.messages[0].ack()
+    # Then the loop hears of it as a connection error, which Celery answers by connecting anew
+    with pytest.raises(consumer.connection.connection_errors):
+        consumer.run_until(lambda: False, "the error")
+    # And closing twice, as Celery does, raises nothing
+    connection, channel = consumer.connection, consumer.channel
+    connection.collect(socket_timeout=1)
+    connection.close()
+    channel.close()
+    consumer.hub.close()
+
+
+def test_kill_at_any_instant_loses_nothing(producer: celery.Celery, redis_url: str, redis: Redis) -> None:
+    # Given many messages, and a consumer that is killed again and again while it works on them
+    kills, burst = 6, 1_500
+    command = [sys.executable, "-m", "tests.integration.transport_consumer", redis_url, MODERATE_QUEUE, "2"]
+    [template] = send(producer, "a")
+    raw = redis.rpop(MODERATE_QUEUE)
+    assert isinstance(raw, bytes)
+    sent = {f"message-{n}" for n in range(kills * burst)}
+    redis.lpush(MODERATE_QUEUE, *(raw.replace(template.encode(), name.encode()) for name in sorted(sent)))
+    instants = random.Random(20261122)
+    left_behind = 0
+    for kill in range(kills):
+        victim = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        _wait_for_work(redis, f"work before kill {kill}")
+        time.sleep(instants.uniform(0, 0.1))
+        victim.kill()
+        victim.wait()
+        left_behind += held(redis)
+    assert left_behind > 0
+    assert redis.scard("processed") < len(sent)
+    # When one is left alive
+    survivor = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    try:
+        wait_until(lambda: redis.scard("processed") == len(sent), what="every message")
+        # Then each was processed, and Redis holds nothing more
+        wait_until(lambda: not redis.exists(MODERATE_QUEUE, UNACKED, UNACKED_INDEX), what="the end")
+    finally:
+        survivor.terminate()
+        survivor.wait()
+    assert redis.smembers("processed") == {name.encode() for name in sent}
+
+
+def _wait_for_work(redis: Redis, what: str) -> None:
+    before = redis.scard("processed")
+    wait_until(lambda: redis.scard("processed") > before, what=what)
