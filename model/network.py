@@ -1,0 +1,75 @@
+"""The network: one shared encoder, dropout, and six heads of one logit each."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from config.names import LABELS
+
+DROPOUT = 0.1
+
+
+class ToxicityNetwork(nn.Module):
+    """Any Hugging Face encoder with a `Linear(hidden, 1)` head per label of `config.names.LABELS`.
+
+    The heads read the mean of the last hidden states over the real tokens, which every encoder has, whatever
+    its special tokens.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(DROPOUT)
+        self.heads = nn.ModuleList(nn.Linear(encoder.config.hidden_size, 1) for _ in LABELS)
+
+    @classmethod
+    def from_pretrained_encoder(cls, name_or_path: str | Path) -> "ToxicityNetwork":
+        """An untrained classifier on a pretrained encoder: a hub name or a directory with safetensors weights."""
+        # use_safetensors: a pickled checkpoint can run code when it is read.
+        return cls(AutoModel.from_pretrained(str(name_or_path), dtype=torch.float32, use_safetensors=True))
+
+    @classmethod
+    def from_config(cls, encoder_config: dict[str, Any]) -> "ToxicityNetwork":
+        """A network of this architecture with random weights, to load a state dict into."""
+        settings = dict(encoder_config)
+        model_type = settings.pop("model_type")
+        return cls(AutoModel.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: token ids, (batch, length).
+            attention_mask: 1 for real tokens, 0 for padding, (batch, length).
+            labels: 0 to 1, NaN where unknown, (batch, 6).
+
+        Returns:
+            `logits` (batch, 6), and `loss` (scalar).
+        """
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = self.dropout((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        logits = torch.cat([head(pooled) for head in self.heads], dim=1)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": known_label_loss(logits, labels), "logits": logits}
+
+
+def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy per head, averaged over the labels that are known; zero where none is.
+
+    Args:
+        logits: (batch, 6).
+        labels: 0 to 1, NaN where unknown, (batch, 6).
+    """
+    known = ~labels.isnan()
+    # Unknown labels are replaced before the loss, not after: NaN × 0 is NaN, in the gradient too.
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        logits.float(), labels.nan_to_num(0.0), weight=known.float(), reduction="sum"
+    )
+    return losses / known.sum().clamp(min=1)

@@ -1,0 +1,35 @@
+"""The worker's Celery app: `celery -A worker worker -Q toxicity`. Celery finds it by this module's name."""
+
+from celery import Celery
+
+from config.names import MODERATE_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.settings import SettingsError, settings
+from worker import transport
+from worker.intake import Intake
+
+try:
+    _settings = settings()
+except SettingsError as error:
+    raise SystemExit(f"moderato: {error}") from None
+
+transport.install()
+
+app = Celery("worker")
+app.conf.update(
+    broker_url=_settings.broker_url,
+    broker_transport_options=transport.transport_options(_settings.worker.visibility_timeout_s),
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    accept_content=["json"],
+    task_serializer="json",
+    task_default_queue=MODERATE_QUEUE,
+    control_exchange=WORKER_CONTROL_EXCHANGE,
+    worker_consumer="worker.intake:Consumer",
+    # The pool stays idle: intake takes messages straight into the pipeline, whose threads do the work.
+    worker_pool="solo",
+    # Intake itself bounds what is held, in comments and bytes rather than in messages.
+    worker_prefetch_multiplier=0,
+    worker_enable_prefetch_count_reduction=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+)
+app.steps["consumer"].add(Intake)

@@ -1,0 +1,250 @@
+"""From message to pipeline and back: checks what Redis hands over, acknowledges what is recorded. The hub's thread.
+
+kombu's channels belong to one thread, that of Celery's event loop (the hub). The pipeline's recorder only leaves
+word there that deliveries are settled.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery import bootsteps
+from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker.control import control_command
+
+from config.names import (
+    ACTIVATION_CHANGED,
+    MAX_COMMENTS_PER_MESSAGE,
+    MAX_ID_CHARS,
+    MODERATE_QUEUE,
+    SUBMITTED_AT_HEADER,
+)
+from config.settings import settings
+from db.migrate import require_current
+from db.session import DatabaseProblem, open_database
+from model.policy import PolicyError, read_policy
+from model.version import VersionError
+from worker.message import parse_message
+from worker.pipeline import Delivery, Item, Pipeline
+from worker.swap import VersionFollower
+
+logger = logging.getLogger(__name__)
+
+HELD_COMMENTS_PER_BATCH_TOKEN = 0.5
+"""Comments held for each token of a batch where no setting says: 512 on a CPU, 16,384 on a GPU."""
+LONGEST_QUEUE_AGE = timedelta(days=366)
+
+
+class Consumer(CeleryConsumer):
+    """Hands every message to the intake.
+
+    Celery's own handler would run one task per message in the pool, and log the body of what it cannot read.
+    """
+
+    intake: "Intake"
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        return self.intake.take
+
+
+class Intake(bootsteps.StartStopStep):
+    """The consumer's last step to start and first to stop: it drains the pipeline while Redis can still be told."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Consumer, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        consumer.intake = self
+        self._settings = settings().worker
+        self._pipeline: Pipeline | None = None
+        self._follower: VersionFollower | None = None
+        self._hub: Any = None
+        self._channel: Any = None
+        self._lease_timer: Any = None
+        self._arrived: list[Item] = []
+        self._held: set[Delivery] = set()
+        self._held_comments = 0
+        self._held_bytes = 0
+        self._max_held_comments = 0
+        # Of recent messages, to judge how many more to fetch. Begins high: the first fetches are small.
+        self._comments_per_message = float(MAX_COMMENTS_PER_MESSAGE)
+        self._settled: deque[Delivery] = deque()
+        self._settled_some = threading.Event()
+
+    # --- Celery's steps ---
+
+    def start(self, consumer: Consumer) -> None:
+        """On start, and again after each lost connection: the pipeline goes on through that, the channel is new."""
+        if self._pipeline is None:
+            try:
+                self._pipeline = self._start_pipeline(consumer.hostname)
+            except (DatabaseProblem, PolicyError, VersionError) as error:
+                logger.critical("cannot start: %s", error)
+                raise SystemExit(1) from None
+        self._hub = consumer.hub
+        self._channel = consumer.task_consumer.channel
+        self._channel.fetch_limit = self.fetch_limit
+        self._lease_timer = consumer.timer.call_repeatedly(self._settings.visibility_timeout_s / 3, self._renew_leases)
+        self._acknowledge_settled()
+
+    def stop(self, consumer: Consumer) -> None:
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+        if consumer.blueprint.state != bootsteps.RUN:  # else the connection is lost, and the step starts again
+            self._drain()
+
+    def _start_pipeline(self, worker: str) -> Pipeline:
+        database = open_database(settings().database_url)
+        require_current(database)
+        policy = read_policy(settings().policy_file)
+        self._follower = VersionFollower(database, settings(), worker)
+        scorer = self._follower.load_first()
+        max_batch_tokens = self._settings.max_batch_tokens or scorer.engine.max_batch_tokens
+        self._max_held_comments = self._settings.max_held_comments or int(
+            max_batch_tokens * HELD_COMMENTS_PER_BATCH_TOKEN
+        )
+        pipeline = Pipeline(
+            scorer,
+            policy,
+            database,
+            max_batch_tokens=max_batch_tokens,
+            window_batches=self._settings.window_batches,
+            on_settled=self._leave_word,
+        )
+        pipeline.start()
+        self._follower.follow(pipeline.exchange)
+        logger.info(
+            "batches of up to %d tokens, windows of %d batches, at most %d comments held; policy %s",
+            max_batch_tokens,
+            self._settings.window_batches,
+            self._max_held_comments,
+            policy.version[:12],
+        )
+        return pipeline
+
+    # --- messages in ---
+
+    def fetch_limit(self) -> int:
+        """How many more messages may be taken now; the transport asks before each fetch."""
+        room = self._max_held_comments - self._held_comments
+        if room <= 0 or self._held_bytes >= self._settings.max_held_bytes:
+            return 0
+        return math.ceil(room / self._comments_per_message)
+
+    def take(self, message: Any) -> None:
+        """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
+        assert self._pipeline is not None
+        now = datetime.now(UTC)
+        parsed = parse_message(message.headers, message.content_type, message.body, now=now)
+        delivery = Delivery(
+            acknowledge=message.ack,
+            queue=_queue_name(message.delivery_info),
+            received_at=now,
+            submitted_at=_submitted_at(message.headers, now),
+            comments=len(parsed.submitted) + len(parsed.refused),
+            text_bytes=len(message.body),
+        )
+        self._held.add(delivery)
+        self._held_comments += delivery.comments
+        self._held_bytes += delivery.text_bytes
+        self._comments_per_message += (delivery.comments - self._comments_per_message) / 8
+        if parsed.refused:
+            logger.warning(
+                "%d of %d comments refused: %s",
+                len(parsed.refused),
+                delivery.comments,
+                ", ".join(sorted({refused.reason.value for refused in parsed.refused})),
+            )
+            self._pipeline.refuse(parsed.refused, delivery)
+        if not self._arrived:
+            # A fetch brings many messages in one tick. They go on together, or the first batch would hold one.
+            self._hub.call_soon(self._pass_on)
+        self._arrived.extend(Item(submitted, delivery) for submitted in parsed.submitted)
+
+    def _pass_on(self) -> None:
+        assert self._pipeline is not None
+        items, self._arrived = self._arrived, []
+        if items:
+            self._pipeline.put(items)
+
+    def look_for_activation(self) -> None:
+        """A broadcast said that there is a new one."""
+        if self._follower is not None:
+            self._follower.look_now()
+
+    # --- acknowledgements out ---
+
+    def _leave_word(self, deliveries: list[Delivery]) -> None:
+        """The recorder's thread: these are committed."""
+        self._settled.extend(deliveries)
+        self._settled_some.set()
+        self._hub.call_soon(self._acknowledge_settled)
+
+    def _acknowledge_settled(self) -> None:
+        while self._settled:
+            delivery = self._settled.popleft()
+            self._held.discard(delivery)
+            self._held_comments -= delivery.comments
+            self._held_bytes -= delivery.text_bytes
+            try:
+                delivery.acknowledge()
+            except Exception as error:
+                # Its channel is gone, so the message comes again, and is found to be decided.
+                logger.debug("an acknowledgement was not sent (%r); its message repeats", error)
+
+    def _renew_leases(self) -> None:
+        try:
+            self._channel.qos.renew_leases()
+        except Exception as error:
+            # The connection is lost, which the event loop finds out by itself; or Redis refuses to write.
+            logger.warning("leases could not be renewed (%s); what is held may be delivered again", type(error).__name__)
+
+    def _drain(self) -> None:
+        """Finish what is in hand. The event loop has stopped, so its work is done here."""
+        assert self._pipeline is not None
+        self._pass_on()
+        self._acknowledge_settled()
+        if self._held:
+            logger.info("finishing %d comments", self._held_comments)
+        renew_at = time.monotonic()
+        while self._held:
+            if self._pipeline.database_is_away:
+                logger.warning("the database is away; %d comments return to the queue", self._held_comments)
+                self._pipeline.stop_waiting()
+                return
+            if time.monotonic() >= renew_at:
+                self._renew_leases()
+                renew_at = time.monotonic() + self._settings.visibility_timeout_s / 3
+            self._settled_some.wait(timeout=1.0)
+            self._settled_some.clear()
+            self._acknowledge_settled()
+
+
+@control_command(name=ACTIVATION_CHANGED)
+def activation_changed(state: Any) -> dict[str, str]:
+    """Look at the newest activation now."""
+    state.consumer.intake.look_for_activation()
+    return {"ok": "looking"}
+
+
+def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:
+    """When the producer submitted, if its header says so plausibly; else now."""
+    seconds = headers.get(SUBMITTED_AT_HEADER)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return now
+    # The comparison is false for NaN too.
+    if not (now - LONGEST_QUEUE_AGE).timestamp() <= seconds <= now.timestamp():
+        return now
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _queue_name(delivery_info: Mapping[str, Any]) -> str:
+    """As the envelope says, which a producer wrote."""
+    name = delivery_info.get("routing_key")
+    plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_ID_CHARS
+    return name if plain else MODERATE_QUEUE

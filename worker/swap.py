@@ -1,0 +1,157 @@
+"""Which version scores: follows the newest row of `activations`, loads beside the running version, exchanges.
+
+The row is the truth, looked at every few seconds; the broadcast only makes the look come sooner. Whatever goes wrong
+with a new version, the old one goes on and the failure is a row in `version_loads`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from sqlalchemy import Engine
+
+from config.names import STARTER_VERSION
+from config.settings import Settings
+from db import queries
+from db.queries import ActivationRow
+from db.session import reading, writing
+from model.engine import Scorer, load_scorer
+from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
+
+logger = logging.getLogger(__name__)
+
+RETRY_REFUSED_S = 30.0
+"""Between two attempts at an activated version that was refused: a shared directory may only be late."""
+
+
+class VersionFollower:
+    """Keeps a worker on the active version: `load_first` once, then `follow` from a thread of its own."""
+
+    def __init__(self, database: Engine, settings: Settings, worker: str) -> None:
+        self._database = database
+        self._settings = settings
+        self._worker = worker
+        self._look_now = threading.Event()
+        self._running: str | None = None
+        self._followed_id: int | None = None
+        self._refused_id: int | None = None
+        self._refusal = ""
+        self._retry_at = 0.0
+
+    def load_first(self) -> Scorer:
+        """The scorer to start with: the active version, or where that is refused the newest before it that loads.
+
+        A database without any activation is given the starter as its first.
+
+        Raises:
+            VersionError: no version that was ever active can be loaded.
+        """
+        with reading(self._database) as connection:
+            history = queries.activations(connection, limit=100)
+        history = history or [self._activate_starter()]
+        newest = history[0]
+        refusals: dict[str, str] = {}
+        for version in dict.fromkeys(activation.version for activation in history):
+            try:
+                scorer = self._load(version)
+            except VersionError as error:
+                logger.error("%s", error)
+                refusals[version] = str(error)
+                continue
+            self._running = version
+            if version == newest.version:
+                self._follow(newest)
+            else:
+                logger.warning("version %s is active but refused; starting with %s", newest.version, version)
+                self._refuse(newest, refusals[newest.version])
+            return scorer
+        raise VersionError(f"no version that was ever active can be loaded: {'; '.join(refusals.values())}")
+
+    def follow(self, exchange: Callable[[Scorer], None]) -> None:
+        """Watch for activations from a thread of its own, and call `exchange` with each newly loaded scorer."""
+        threading.Thread(target=self._watch, args=(exchange,), name="versions", daemon=True).start()
+
+    def look_now(self) -> None:
+        """Look at the newest activation at once rather than at the next poll."""
+        self._look_now.set()
+
+    def _watch(self, exchange: Callable[[Scorer], None]) -> None:
+        unreachable = False
+        while True:
+            self._look_now.wait(self._settings.worker.activation_poll_s)
+            # Cleared before looking: a broadcast that comes while a version loads must lead to another look.
+            self._look_now.clear()
+            try:
+                self._look(exchange)
+                unreachable = False
+            except Exception as error:
+                # The database is away, or worse; the running version goes on either way.
+                if not unreachable:
+                    kind = type(error).__name__
+                    logger.error("cannot see which version is active (%s); %s goes on", kind, self._running)
+                unreachable = True
+
+    def _look(self, exchange: Callable[[Scorer], None]) -> None:
+        with reading(self._database) as connection:
+            newest = queries.active(connection)
+        if newest is None or newest.activation_id == self._followed_id:
+            return
+        if newest.activation_id == self._refused_id and time.monotonic() < self._retry_at:
+            return
+        if newest.version != self._running:
+            try:
+                loaded = self._load(newest.version)
+            except VersionError as error:
+                self._refuse(newest, str(error))
+                return
+            logger.info("version %s replaces %s from the next batch on", loaded.version, self._running)
+            exchange(loaded)
+            self._running = loaded.version
+        self._follow(newest)
+
+    def _follow(self, activation: ActivationRow) -> None:
+        self._record(activation, None)
+        self._followed_id = activation.activation_id
+
+    def _refuse(self, activation: ActivationRow, refusal: str) -> None:
+        self._retry_at = time.monotonic() + RETRY_REFUSED_S
+        if (activation.activation_id, refusal) != (self._refused_id, self._refusal):  # said once, not at every attempt
+            logger.error("%s; %s goes on", refusal, self._running)
+            self._record(activation, refusal)
+        self._refused_id, self._refusal = activation.activation_id, refusal
+
+    def _load(self, version: str) -> Scorer:
+        worker = self._settings.worker
+        return load_scorer(
+            version_directory(version, self._settings.versions_dir),
+            device=worker.device,
+            engine=worker.engine,
+            threads=worker.threads,
+            expected_version=version,
+        )
+
+    def _record(self, activation: ActivationRow, error: str | None) -> None:
+        assert self._running is not None
+        with writing(self._database) as connection:
+            queries.record_load(
+                connection,
+                activation_id=activation.activation_id,
+                worker=self._worker,
+                version=self._running,
+                error=error,
+                now=datetime.now(UTC),
+            )
+
+    def _activate_starter(self) -> ActivationRow:
+        manifest = read_manifest(STARTER_DIRECTORY).model_dump()
+        now = datetime.now(UTC)
+        with writing(self._database) as connection:
+            queries.register_version(connection, manifest, now)
+            # Another worker may have come first while this one waited for the lock.
+            if queries.active(connection) is None:
+                queries.activate(connection, version=STARTER_VERSION, by=self._worker, reason="first start", now=now)
+            newest = queries.active(connection)
+        assert newest is not None
+        return newest
