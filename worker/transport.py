@@ -28,6 +28,7 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
+from config.names import WORKER_UNACKED_KEY
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
 
 logger = logging.getLogger(__name__)
@@ -387,15 +388,12 @@ def install() -> None:
 
 
 def transport_options(visibility_timeout_s: float) -> dict[str, Any]:
-    """Celery's `broker_transport_options` for our worker.
-
-    The keys are our own because every consumer of a Redis database sweeps kombu's default ones by its own timeout.
-    """
+    """Celery's `broker_transport_options` for our worker."""
     return {
         "visibility_timeout": visibility_timeout_s,
-        "unacked_key": "moderato.worker.unacked",
-        "unacked_index_key": "moderato.worker.unacked_index",
-        "unacked_mutex_key": "moderato.worker.unacked_mutex",
+        "unacked_key": WORKER_UNACKED_KEY,
+        "unacked_index_key": f"{WORKER_UNACKED_KEY}_index",
+        "unacked_mutex_key": f"{WORKER_UNACKED_KEY}_mutex",
         "unacked_restore_interval": 2,
         "priority_steps": [0, 3, 6, 9],
         "socket_connect_timeout": 5,
