@@ -16,7 +16,9 @@ from types import TracebackType
 from typing import Self
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from config.settings import ROOT, embedded_directory
 
@@ -173,7 +175,8 @@ class EmbeddedRedis:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], said_from: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        with Redis(unix_socket_path=str(self.socket)) as client:
+        # This loop is the retry; the client's own waits a second and more before each.
+        with Redis(unix_socket_path=str(self.socket), retry=Retry(NoBackoff(), 0)) as client:
             while True:
                 try:
                     client.ping()

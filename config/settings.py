@@ -137,6 +137,20 @@ def settings() -> Settings:
     return load_settings(os.environ)
 
 
+def trainer_settings(overrides: Mapping[str, Any]) -> TrainerSettings:
+    """This process' trainer settings with some of them overridden for one run.
+
+    Raises:
+        SettingsError: an override is unknown or not allowed.
+    """
+    everything = settings().model_dump()
+    everything["trainer"] |= overrides
+    try:
+        return Settings.model_validate(everything).trainer
+    except ValidationError as error:
+        raise SettingsError(_explain(error, {("trainer", key): "the request" for key in overrides})) from None
+
+
 def load_settings(environment: Mapping[str, str]) -> Settings:
     """Settings from default.yaml, the file that `environment` names, and its MODERATO_* variables.
 
@@ -197,7 +211,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise SettingsError(f"{variable} in the environment steps into {section}, which is set to a value there")
+                raise SettingsError(f"{variable} in the environment needs a section {section}, which is a value there")
         # Lists are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'.
         try:
             target[key] = yaml.safe_load(text) if text.startswith("[") else text

@@ -1,4 +1,4 @@
-"""Brings a database to this release's schema, or back. Owns when a migration may run; what it does is in migrations/."""
+"""Brings a database to this release's schema, or back. Owns when a migration runs; what it does is in migrations/."""
 
 from collections.abc import Callable
 from pathlib import Path

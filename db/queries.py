@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, CursorResult, RowMapping, Select, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import aliased
 
 from config.names import LABELS
 from db.session import DatabaseProblem
@@ -130,7 +131,7 @@ def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -
     text_sha256 = {row.submission_id: row.text_sha256 for row in candidates if row.submission_id in inserted}
     for ids in _chunks([submission_id for submission_id in first_index if submission_id not in inserted]):
         seen = select(Submission.submission_id, Submission.text_sha256).where(Submission.submission_id.in_(ids))
-        text_sha256 |= dict(connection.execute(seen).tuples())
+        text_sha256 |= dict(connection.execute(seen).all())
     if inserted:
         new = [_columns(Decision, row) for row in candidates if row.submission_id in inserted]
         connection.execute(_insert_new(connection, Decision), new)
@@ -233,8 +234,11 @@ class Result:
         return {label: getattr(self, label) for label in LABELS}
 
 
+_OF_SUBMISSION = aliased(Review)
 _LATEST_REVIEW = (
-    select(func.max(Review.review_id)).where(Review.submission_id == Decision.submission_id).scalar_subquery()
+    select(func.max(_OF_SUBMISSION.review_id))
+    .where(_OF_SUBMISSION.submission_id == Decision.submission_id)
+    .scalar_subquery()
 )
 _ACTION_NOW = func.coalesce(Review.action, Decision.action)
 
@@ -311,7 +315,8 @@ def results(
         wanted.append(Decision.decided_at >= since)
     if until is not None:
         wanted.append(Decision.decided_at < until)
-    return _stream(connection, _select_results().where(*wanted).order_by(*_ordering(order)).limit(limit), Result)
+    statement = _select_results().where(*wanted).order_by(*_ordering(order)).limit(limit)
+    return (Result(**row) for row in _streamed(connection, statement))
 
 
 def _ordering(order: str) -> list[ColumnElement[Any]]:
@@ -342,7 +347,7 @@ class Totals:
 def totals(connection: Connection) -> Totals:
     """Count decisions, dead letters and reviews."""
     by_action = select(Decision.action, func.count()).group_by(Decision.action)
-    actions = dict(connection.execute(by_action).tuples())
+    actions = dict(connection.execute(by_action).all())
     return Totals(
         decisions=sum(actions.values()),
         actions=actions,
@@ -408,7 +413,7 @@ def reviewed_examples(connection: Connection) -> Iterator[ReviewedExample]:
         .where(Review.review_id.in_(newest), Submission.text.is_not(None))
         .order_by(Review.review_id)
     )
-    for row in _streamed(connection, statement).mappings():
+    for row in _streamed(connection, statement):
         yield ReviewedExample(row["review_id"], row["text"], {label: row[label] for label in LABELS})
 
 
@@ -649,6 +654,12 @@ def run(connection: Connection, run_id: str) -> RunRow | None:
     return _first(connection, select(TrainingRun).where(TrainingRun.run_id == run_id), RunRow)
 
 
+def run_that_wrote(connection: Connection, version: str) -> RunRow | None:
+    """The training run that a version came from; None where it came another way."""
+    newest = select(TrainingRun).where(TrainingRun.version == version).order_by(TrainingRun.requested_at.desc())
+    return _first(connection, newest.limit(1), RunRow)
+
+
 def runs(connection: Connection, limit: int) -> list[RunRow]:
     """The newest training runs, newest first."""
     newest = select(TrainingRun).order_by(TrainingRun.requested_at.desc(), TrainingRun.run_id).limit(limit)
@@ -688,9 +699,7 @@ def _all(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> 
     return [kind(**row) for row in connection.execute(statement).mappings()]
 
 
-def _streamed(connection: Connection, statement: Select[Any]) -> CursorResult[Any]:
-    return connection.execute(statement, execution_options={"yield_per": STREAM_ROWS})
-
-
-def _stream(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> Iterator[AnyRow]:
-    return (kind(**row) for row in _streamed(connection, statement).mappings())
+def _streamed(connection: Connection, statement: Select[Any]) -> Iterator[RowMapping]:
+    # Closed with the iterator: an answer that is not read to its end holds a cursor on the server.
+    with connection.execute(statement, execution_options={"yield_per": STREAM_ROWS}) as rows:
+        yield from rows.mappings()

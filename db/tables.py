@@ -35,7 +35,8 @@ class UtcDateTime(TypeDecorator[datetime]):
 class Base(DeclarativeBase):
     type_annotation_map = {
         datetime: UtcDateTime,
-        dict[str, Any]: JSON,
+        # Without a value the column is null, not the JSON word null.
+        dict[str, Any]: JSON(none_as_null=True),
     }
 
 

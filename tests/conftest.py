@@ -17,9 +17,11 @@ from tests.services import new_database, postgres_server
 @pytest.fixture(scope="session")
 def _redis() -> Iterator[EmbeddedRedis]:
     # In /tmp itself, because a socket's path has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder:
-        with EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis:
-            yield redis
+    with (
+        tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder,
+        EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis,
+    ):
+        yield redis
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""Rows that the database tests write: complete, and different only where a test says so."""
+
+import hashlib
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from db.queries import DeadLetterRow, ScoredSubmission, register_version, store_policy
+
+NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+POLICY = "allow: everything\n"
+POLICY_VERSION = hashlib.sha256(POLICY.encode()).hexdigest()
+
+
+def minutes(number: float) -> datetime:
+    """This long after noon."""
+    return NOON + timedelta(minutes=number)
+
+
+def scored(submission_id: str, text: str | None = None, **changes: Any) -> ScoredSubmission:
+    """A scored submission whose text is its id's own unless given."""
+    text = f"the text of {submission_id}" if text is None else text
+    row = ScoredSubmission(
+        submission_id=submission_id,
+        community="default",
+        comment_id=f"comment of {submission_id}",
+        author=None,
+        text=text,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        language=None,
+        context=None,
+        created_at=None,
+        submitted_at=NOON,
+        toxic=0.1,
+        severe_toxic=0.02,
+        obscene=0.03,
+        threat=0.04,
+        insult=0.05,
+        identity_hate=0.06,
+        action="allow",
+        fired_label=None,
+        fired_threshold=None,
+        model_version="v1",
+        policy_version=POLICY_VERSION,
+        windows=1,
+        truncated=False,
+        queue_ms=1.5,
+        compute_ms=2.5,
+        decided_at=NOON,
+    )
+    return replace(row, **changes)
+
+
+def letter(dead_letter_id: str, **changes: Any) -> DeadLetterRow:
+    """A dead letter."""
+    row = DeadLetterRow(
+        dead_letter_id=dead_letter_id,
+        queue="toxicity",
+        reason="invalid_comment",
+        detail="text is empty",
+        payload=b'{"text": ""}',
+        payload_bytes=12,
+        received_at=NOON,
+    )
+    return replace(row, **changes)
+
+
+def prepare(connection: Connection, *versions: str) -> None:
+    """The policy that `scored` names, and registered model versions."""
+    store_policy(connection, POLICY, now=NOON)
+    for version in versions:
+        register_version(connection, {"version": version, "parent": None}, NOON)

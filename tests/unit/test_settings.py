@@ -1,0 +1,187 @@
+"""Settings: which layer wins, and what a mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from config.settings import ROOT, SettingsError, embedded_directory, load_settings, without_password
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.yaml"
+
+
+def complaint(environment: dict[str, str]) -> str:
+    with pytest.raises(SettingsError) as raised:
+        load_settings(environment)
+    return str(raised.value)
+
+
+class TestLayers:
+    def test_the_defaults_alone_are_complete(self) -> None:
+        # Given no file of the user's and an empty environment
+        settings = load_settings({})
+        # Then every setting has its default, and paths start at the repository
+        assert settings.worker.device == "auto"
+        assert settings.versions_dir == ROOT / "var" / "versions"
+        assert settings.database_url == f"sqlite:///{ROOT}/var/moderato.db"
+
+    def test_the_users_file_wins_over_the_defaults_key_by_key(self, file: Path) -> None:
+        # Given a file that sets one key of a section
+        file.write_text("worker:\n  threads: 3\n")
+        settings = load_settings({"MODERATO_CONFIG": str(file)})
+        # Then that key is the file's and its neighbours keep their defaults
+        assert settings.worker.threads == 3
+        assert settings.worker.window_batches == load_settings({}).worker.window_batches
+
+    def test_the_environment_wins_over_the_users_file(self, file: Path) -> None:
+        # Given a key set in the file and in the environment
+        file.write_text("worker:\n  threads: 3\n  window_batches: 5\n")
+        settings = load_settings({"MODERATO_CONFIG": str(file), "MODERATO_WORKER__THREADS": "7"})
+        # Then the environment's holds, and what only the file sets stays
+        assert settings.worker.threads == 7
+        assert settings.worker.window_batches == 5
+
+    def test_an_empty_file_changes_nothing(self, file: Path) -> None:
+        file.write_text("# nothing yet\n")
+        assert load_settings({"MODERATO_CONFIG": str(file)}) == load_settings({})
+
+    def test_a_list_in_the_environment_is_written_as_in_yaml(self) -> None:
+        settings = load_settings({"MODERATO_TRAINER__TRAIN_FILES": "[a.csv, /data/b.csv]"})
+        assert settings.trainer.train_files == [ROOT / "a.csv", Path("/data/b.csv")]
+
+    def test_variables_of_others_are_left_alone(self) -> None:
+        others = {"PATH": "/bin", "MODERATOR": "x", "MODERATO_TEST_DATABASE_URL": "postgresql://db/x"}
+        assert load_settings(others) == load_settings({})
+
+
+class TestMistakes:
+    def test_an_unknown_key_is_named_with_its_place_and_the_nearest(self, file: Path) -> None:
+        file.write_text("worker:\n  thread: 3\n")
+        said = complaint({"MODERATO_CONFIG": str(file)})
+        assert said.startswith(f"unknown setting worker.thread in {file}; did you mean threads? allowed here: ")
+        assert "max_batch_tokens" in said
+
+    def test_an_unknown_variable_is_named(self) -> None:
+        said = complaint({"MODERATO_BROKER": "redis://localhost"})
+        assert said.startswith("unknown setting broker in the environment; did you mean broker_url? allowed here: ")
+
+    def test_a_wrong_value_is_named_with_what_is_allowed(self, file: Path) -> None:
+        file.write_text("worker:\n  device: tpu\n")
+        said = complaint({"MODERATO_CONFIG": str(file)})
+        assert said == (f"setting worker.device = 'tpu' in {file} is wrong: Input should be 'auto', 'cpu' or 'cuda'")
+
+    def test_a_value_out_of_bounds_is_named_with_the_bound(self) -> None:
+        said = complaint({"MODERATO_WORKER__VISIBILITY_TIMEOUT_S": "1"})
+        assert said == (
+            "setting worker.visibility_timeout_s = '1' in the environment is wrong: "
+            "Input should be greater than or equal to 3"
+        )
+
+    def test_every_mistake_is_told_at_once(self) -> None:
+        said = complaint({"MODERATO_WORKER__DEVICE": "tpu", "MODERATO_TRAINER__EPOCHS": "0"})
+        assert "worker.device" in said
+        assert "trainer.epochs" in said
+
+    def test_a_value_where_a_section_belongs(self) -> None:
+        assert "setting worker = 'fast'" in complaint({"MODERATO_WORKER": "fast"})
+        both = {"MODERATO_WORKER": "fast", "MODERATO_WORKER__THREADS": "1"}
+        assert complaint(both).startswith("MODERATO_WORKER__THREADS in the environment needs a section worker")
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        said = complaint({"MODERATO_CONFIG": str(tmp_path / "absent.yaml")})
+        assert said == f"settings file {tmp_path / 'absent.yaml'} cannot be read: No such file or directory"
+
+    def test_a_file_that_is_not_a_mapping(self, file: Path) -> None:
+        file.write_text("- worker\n")
+        assert complaint({"MODERATO_CONFIG": str(file)}).endswith("must hold `key: value` lines, not a list")
+
+    def test_a_list_in_the_environment_that_does_not_end(self) -> None:
+        said = complaint({"MODERATO_TRAINER__TRAIN_FILES": "[a.csv"})
+        assert said.startswith("MODERATO_TRAINER__TRAIN_FILES in the environment is not a list as in YAML: ")
+
+
+class TestUrls:
+    def test_embedded_is_the_socket_in_the_private_folder(self) -> None:
+        settings = load_settings({"MODERATO_BROKER_URL": "embedded"})
+        assert settings.broker_url == f"redis+socket://{embedded_directory()}/redis.sock"
+
+    def test_the_private_folder_leaves_room_for_a_sockets_path(self) -> None:
+        assert len(str(embedded_directory() / "redis.sock")) < 107
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://localhost:6379/0",
+            "rediss://user:secret@redis.example/1",
+            "redis+socket:///run/redis.sock",
+            "sentinel://a.example:26379;sentinel://b.example:26379",
+        ],
+    )
+    def test_every_form_of_broker_is_taken_as_it_is(self, url: str) -> None:
+        assert load_settings({"MODERATO_BROKER_URL": url}).broker_url == url
+
+    @pytest.mark.parametrize("url", ["amqp://localhost", "localhost:6379", ""])
+    def test_another_broker_is_refused(self, url: str) -> None:
+        assert "expected embedded, or a URL beginning with redis://" in complaint({"MODERATO_BROKER_URL": url})
+
+    def test_postgresql_gets_its_driver_and_keeps_its_password(self) -> None:
+        settings = load_settings({"MODERATO_DATABASE_URL": "postgresql://user:p%40ss@db.example/moderato"})
+        assert settings.database_url == "postgresql+psycopg://user:p%40ss@db.example/moderato"
+
+    def test_sqlite_outside_the_repository_stays_where_it_is(self, tmp_path: Path) -> None:
+        settings = load_settings({"MODERATO_DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
+        assert settings.database_url == f"sqlite:///{tmp_path}/x.db"
+
+    @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+    def test_a_database_in_memory_is_refused(self, url: str) -> None:
+        assert "SQLite needs a file" in complaint({"MODERATO_DATABASE_URL": url})
+
+    @pytest.mark.parametrize("url", ["mysql://localhost/x", "sqlite+aiosqlite:///x.db", "moderato.db"])
+    def test_another_database_is_refused(self, url: str) -> None:
+        assert "expected a URL" in complaint({"MODERATO_DATABASE_URL": url})
+
+
+class TestPasswords:
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("redis://localhost/0", "redis://localhost/0"),
+            ("redis://:secret@localhost/0", "redis://:***@localhost/0"),
+            ("rediss://me:sec@ret@localhost", "rediss://me:***@localhost"),
+            ("sentinel://:secret@a:1;sentinel://:secret@b:1", "sentinel://:***@a:1;sentinel://:***@b:1"),
+            ("postgresql+psycopg://me:sec;ret@db/x", "postgresql+psycopg://me:***@db/x"),
+            (
+                "postgresql://db/x?user=me&password=secret&sslmode=require",
+                "postgresql://db/x?user=me&password=***&sslmode=require",
+            ),
+            ("sqlite:////var/moderato.db", "sqlite:////var/moderato.db"),
+        ],
+    )
+    def test_a_url_is_shown_without_its_password(self, url: str, shown: str) -> None:
+        assert without_password(url) == shown
+
+    @pytest.mark.parametrize(
+        "variable, url",
+        [
+            ("MODERATO_BROKER_URL", "amqp://me:secret@localhost"),
+            ("MODERATO_BROKER_URL", "amqp://:secret@a;amqp://:secret@b"),
+            ("MODERATO_DATABASE_URL", "mysql://me:secret@localhost/x"),
+            ("MODERATO_DATABASE_URL", "postgresql://me:secret@localhost:port/x"),
+            ("MODERATO_DATABASE_URL", "mysql://localhost/x?password=secret"),
+        ],
+    )
+    def test_a_wrong_url_is_told_without_its_password(self, variable: str, url: str) -> None:
+        said = complaint({variable: url})
+        assert "secret" not in said
+        assert "***" in said
+
+    def test_a_line_that_is_not_yaml_is_not_quoted(self, file: Path) -> None:
+        # Given a file with a password in the very line that YAML cannot read
+        file.write_text("worker: {}\nbroker_url: redis://:secret@localhost: 6379\n")
+        # Then the complaint says where, and not what stands there
+        said = complaint({"MODERATO_CONFIG": str(file)})
+        assert f"settings file {file} is not YAML" in said
+        assert "line 2" in said
+        assert "secret" not in said
