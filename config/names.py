@@ -39,8 +39,6 @@ SUBMITTED_AT_HEADER = "submitted_at"
 
 CONTRACT_VERSION = 1
 MAX_COMMENTS_PER_MESSAGE = 256
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""Longest message body: a full list of the longest texts, with room for JSON's escapes."""
 MAX_TEXT_BYTES = 20_480
 """Longest text in bytes of UTF-8: what the Perspective API allowed."""
 MAX_ID_CHARS = 200

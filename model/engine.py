@@ -38,7 +38,7 @@ class Engine(Protocol):
         """One forward pass over texts of any lengths; a text's scores do not depend on its neighbours."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scorer:
     """A version ready to score: what prepared a text must also score it, so both travel together."""
 

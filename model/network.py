@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from config.names import LABELS
 
@@ -19,7 +19,7 @@ class ToxicityNetwork(nn.Module):
     its special tokens.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
         self.dropout = nn.Dropout(DROPOUT)
@@ -38,9 +38,7 @@ class ToxicityNetwork(nn.Module):
         model_type = settings.pop("model_type")
         return cls(AutoModel.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Logits, and the loss where labels are given.
 
         Args:

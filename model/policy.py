@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -104,15 +106,15 @@ def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise PolicyError(f"{where}.{action} = {threshold!r} is not a threshold from 0 to 1")
     ordered = sorted((Action(name) for name in rules), key=STRICTNESS.__getitem__)
-    for milder, stricter in zip(ordered, ordered[1:], strict=False):
+    for milder, stricter in pairwise(ordered):
         if rules[milder] >= rules[stricter]:
             raise PolicyError(
-                f"{where}: {stricter} at {rules[stricter]} must have a higher threshold than {milder} at {rules[milder]}"
+                f"{where}: {stricter} at {rules[stricter]} must stand higher than {milder} at {rules[milder]}"
             )
     return tuple((float(rules[action]), action) for action in ordered)
 
 
-def _mapping(value: object, where: str, allowed: Sequence[str]) -> dict[str, float]:
+def _mapping(value: object, where: str, allowed: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PolicyError(f"{where} must be a mapping, not {type(value).__name__}")
     for key in value:

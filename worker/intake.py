@@ -140,7 +140,7 @@ class Intake(bootsteps.StartStopStep):
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
         now = datetime.now(UTC)
-        parsed = parse_message(message.headers, message.content_type, message.body, now=now)
+        parsed = parse_message(message.headers, message.body, now=now)
         delivery = Delivery(
             acknowledge=message.ack,
             queue=_queue_name(message.delivery_info),
@@ -202,7 +202,7 @@ class Intake(bootsteps.StartStopStep):
             self._channel.qos.renew_leases()
         except Exception as error:
             # The connection is lost, which the event loop finds out by itself; or Redis refuses to write.
-            logger.warning("leases could not be renewed (%s); what is held may be delivered again", type(error).__name__)
+            logger.warning("leases could not be renewed (%s); what is held may come again", type(error).__name__)
 
     def _drain(self) -> None:
         """Finish what is in hand. The event loop has stopped, so its work is done here."""
@@ -246,5 +246,6 @@ def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:
 def _queue_name(delivery_info: Mapping[str, Any]) -> str:
     """As the envelope says, which a producer wrote."""
     name = delivery_info.get("routing_key")
-    plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_ID_CHARS
-    return name if plain else MODERATE_QUEUE
+    if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_ID_CHARS:
+        return name
+    return MODERATE_QUEUE

@@ -14,21 +14,18 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from config.names import (
-    CONTRACT_VERSION,
     DEFAULT_COMMUNITY,
     MAX_COMMENTS_PER_MESSAGE,
     MAX_CONTEXT_BYTES,
     MAX_ID_CHARS,
-    MAX_MESSAGE_BYTES,
     MAX_TEXT_BYTES,
     MODERATE_TASK,
     Reason,
 )
+from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
-MALFORMED_HEADER = "moderato_malformed"
-"""Set by the transport on what was no Celery envelope at all; its value says what was wrong."""
 
 
 def _storable(value: str) -> str:
@@ -86,7 +83,8 @@ class Comment(BaseModel):
     context: Annotated[dict[str, Any] | None, AfterValidator(_context)] = None
     idempotency_key: Name | None = None
     store_text: bool = True
-    v: Literal[1] = CONTRACT_VERSION
+    v: Literal[1] = 1
+    """Version of this contract."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +121,21 @@ class _Unreadable(Exception):
         self.detail = detail
 
 
-def parse_message(headers: Mapping[str, Any], content_type: str | None, body: bytes, *, now: datetime) -> Parsed:
+def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> Parsed:
     """Sort a message into comments to score and refusals to record. Never raises for anything in the message.
 
     Args:
         headers: of the message, as Celery's protocol 2 sets them; protocol 1 has all of it in the body.
-        body: as it came, decoded from the envelope but not from JSON.
+        body: what the envelope held, JSON by its own account; or the bytes that were no envelope.
         now: comments that expired before it are refused.
     """
+    if MALFORMED_HEADER in headers:
+        detail = f"not a Celery message: {headers[MALFORMED_HEADER]}"
+        length = headers[MALFORMED_BYTES_HEADER]
+        return Parsed(refused=[_refuse(headers["id"], Reason.UNREADABLE_MESSAGE, detail, body, length)])
     message_id = f"sha256:{hashlib.sha256(body).hexdigest()}"
-    # Until the comments can be told apart, nobody knows whether one of them must not be stored.
-    comments: object = None
     try:
-        if malformed := headers.get(MALFORMED_HEADER):
-            raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"not a Celery message: {malformed}")
-        decoded = _decode(content_type, body)
+        decoded = _decode(body)
         task, task_id, arguments = _task(headers, decoded)
         if isinstance(task_id, str) and 0 < len(task_id) <= MAX_ID_CHARS and _is_storable(task_id):
             message_id = task_id
@@ -160,9 +158,7 @@ def parse_message(headers: Mapping[str, Any], content_type: str | None, body: by
         except ValidationError as error:
             payload = _bytes(raw)
             kept = payload if _may_be_stored(raw) else b""
-            parsed.refused.append(
-                _refuse(submission_id, Reason.INVALID_COMMENT, _explain(error), kept, len(payload))
-            )
+            parsed.refused.append(_refuse(submission_id, Reason.INVALID_COMMENT, _explain(error), kept, len(payload)))
             continue
         submission_id = comment.idempotency_key or submission_id
         if comment.expires_at is not None and comment.expires_at <= now:
@@ -184,17 +180,7 @@ def _refuse(dead_letter_id: str, reason: Reason, detail: str, payload: bytes, le
     return Refused(dead_letter_id, reason, detail, payload[:MAX_PAYLOAD_BYTES], whole)
 
 
-def _decode(content_type: str | None, body: bytes) -> object:
-    if content_type != "application/json":
-        raise _Unreadable(
-            Reason.UNREADABLE_MESSAGE,
-            f"content type {_shown(content_type)} is refused; set task_serializer='json' in the producer",
-        )
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise _Unreadable(
-            Reason.UNREADABLE_MESSAGE,
-            f"the message has {len(body):,} bytes, more than the {MAX_MESSAGE_BYTES:,} allowed; send fewer comments in it",
-        )
+def _decode(body: bytes) -> object:
     try:
         return json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
@@ -231,7 +217,7 @@ def _comments(task: object, arguments: object) -> list[object]:
     if not isinstance(arguments, list) or len(arguments) != 1 or not isinstance(arguments[0], list):
         raise _Unreadable(
             Reason.NOT_A_LIST,
-            f"{MODERATE_TASK} takes one positional argument, a list of comments: args=[[{{\"text\": …}}, …]]",
+            f'{MODERATE_TASK} takes one positional argument, a list of comments: args=[[{{"text": …}}, …]]',
         )
     if not arguments[0]:
         raise _Unreadable(Reason.NOT_A_LIST, "the list of comments is empty")

@@ -270,7 +270,7 @@ class Pipeline:
         return True
 
     def _record_singly(self, outcome: Outcome, error: Exception) -> None:
-        logger.warning("a batch of %d was refused by the database (%s); trying one by one", len(outcome.rows), _kind(error))
+        logger.warning("the database refused a batch of %d (%s); trying one by one", len(outcome.rows), _kind(error))
         for row, item in zip(outcome.rows, outcome.items, strict=True):
             try:
                 self._commit([row], [item], [])

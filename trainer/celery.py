@@ -1,0 +1,39 @@
+"""The trainer's Celery app: `celery -A trainer worker -Q retrain`. Celery finds it by this module's name.
+
+A run trains in the child of the prefork pool, so that this parent never loads torch and answers meanwhile.
+"""
+
+from celery import Celery
+
+from config.names import RETRAIN_QUEUE, TRAINER_CONTROL_EXCHANGE, TRAINER_UNACKED_KEY
+from config.settings import SettingsError, settings
+
+try:
+    _settings = settings()
+except SettingsError as error:
+    raise SystemExit(f"moderato: {error}") from None
+
+app = Celery("trainer", include=["trainer.tasks"])
+app.conf.update(
+    broker_url=_settings.broker_url,
+    # Keys of our own: see config.names. A run's message is acknowledged when the run begins, and its row takes over.
+    broker_transport_options={
+        "visibility_timeout": 300,
+        "unacked_key": TRAINER_UNACKED_KEY,
+        "unacked_index_key": f"{TRAINER_UNACKED_KEY}_index",
+        "unacked_mutex_key": f"{TRAINER_UNACKED_KEY}_mutex",
+    },
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    accept_content=["json"],
+    task_serializer="json",
+    task_ignore_result=True,
+    task_default_queue=RETRAIN_QUEUE,
+    control_exchange=TRAINER_CONTROL_EXCHANGE,
+    worker_pool="prefork",
+    worker_concurrency=1,
+    worker_prefetch_multiplier=1,
+    # A fresh process for every run: what torch took is given back, and a crash leaves nothing behind.
+    worker_max_tasks_per_child=1,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+)

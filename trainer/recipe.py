@@ -1,0 +1,170 @@
+"""From data to a written version: fine-tune, export, measure, write. Knows neither queue nor database."""
+
+import importlib.metadata
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from config.settings import TrainerSettings
+from model.batching import plan_batches
+from model.engine import Scorer, Scores, load_scorer
+from model.network import ToxicityNetwork
+from model.onnx_engine import OnnxEngine, pad
+from model.text import TOKENIZER_FILE, TextEncoder
+from model.torch_engine import load_network
+from model.version import (
+    ENCODER_FILE,
+    ONNX_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+    read_manifest,
+    write_manifest,
+    writing_version,
+)
+from model.weights import Precision, load_weights, save_weights
+from trainer.dataset import Dataset
+from trainer.evaluation import Evaluation, measure
+from trainer.export import export_int8
+from trainer.training import Progress, Report, fine_tune
+
+PROBE_TEXTS = (
+    "Thank you for fixing the dates in the second paragraph.",
+    "You are a complete idiot and nobody wants you here.",
+    "ok",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """What a training starts from: a version's directory, or a pretrained encoder with untrained heads."""
+
+    network: ToxicityNetwork
+    tokenizer_file: Path
+    max_length: int
+    parent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenVersion:
+    """A version on disk, and what it scores on the held-out rows in the form that ships."""
+
+    manifest: Manifest
+    directory: Path
+    evaluation: Evaluation
+
+
+def from_version(directory: Path) -> StartingPoint:
+    """Fine-tune further from a verified version."""
+    manifest = read_manifest(directory)
+    return StartingPoint(
+        load_network(directory), directory / TOKENIZER_FILE, manifest.max_length, parent=manifest.version
+    )
+
+
+def from_encoder(name_or_path: str, max_length: int, work_dir: Path) -> StartingPoint:
+    """Start from a pretrained encoder: a hub name or a directory. Its tokenizer is saved into `work_dir`.
+
+    Raises:
+        OSError: the hub or the directory has no such encoder, or no safetensors weights.
+    """
+    network = ToxicityNetwork.from_pretrained_encoder(name_or_path)
+    tokenizer_file = work_dir / TOKENIZER_FILE
+    AutoTokenizer.from_pretrained(name_or_path).backend_tokenizer.save(str(tokenizer_file))
+    return StartingPoint(network, tokenizer_file, max_length, parent=None)
+
+
+def train_version(
+    start: StartingPoint,
+    training: Dataset,
+    holdout: Dataset,
+    settings: TrainerSettings,
+    *,
+    version: str,
+    directory: Path,
+    work_dir: Path,
+    report: Report,
+    precision: Precision = "fp16",
+) -> WrittenVersion:
+    """Fine-tune, and write the result with its int8 form, its figures and its probe scores to `directory`.
+
+    Everything is measured on the weights as stored and in the form as shipped, not on what was in memory.
+
+    Raises:
+        TrainingFailed: the loss stopped being a number.
+        VersionError: `directory` exists, or what was written does not load.
+    """
+    text_encoder = TextEncoder(start.tokenizer_file.parent, start.max_length)
+    network = start.network
+    loss = fine_tune(network, text_encoder, training, settings, work_dir=work_dir / "trainer", report=report)
+    network.to("cpu")
+
+    with writing_version(directory) as written:
+        report(Progress("exporting"))
+        shutil.copyfile(start.tokenizer_file, written / TOKENIZER_FILE)
+        encoder_config = network.encoder.config.to_diff_dict() | {"model_type": network.encoder.config.model_type}
+        (written / ENCODER_FILE).write_text(json.dumps(encoder_config, indent=2, sort_keys=True), encoding="utf-8")
+        save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
+        network.load_state_dict(load_weights(written / WEIGHTS_FILE))
+        export_int8(network, _calibration(text_encoder, training, settings), written / ONNX_FILE)
+
+        report(Progress("evaluating"))
+        torch_scores = _torch_scores(network, text_encoder, [*holdout.texts, *PROBE_TEXTS])
+        probes = [
+            {"text": text, "torch_scores": _floats(row), "onnx_scores": None}
+            for text, row in zip(PROBE_TEXTS, torch_scores[len(holdout) :], strict=True)
+        ]
+        facts: dict[str, Any] = {
+            "version": version,
+            "parent": start.parent,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "max_length": start.max_length,
+            "weights": precision,
+            "probes": [],
+            "dataset": {"training": training.describe(), "holdout": holdout.describe()},
+            "settings": json.loads(settings.model_dump_json()),
+            "metrics": {},
+            "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
+        }
+        onnx = Scorer(write_manifest(written, facts), text_encoder, OnnxEngine(written, torch.get_num_threads()))
+        onnx_scores = onnx.score_texts([*holdout.texts, *PROBE_TEXTS])
+        for probe, row in zip(probes, onnx_scores[len(holdout) :], strict=True):
+            probe["onnx_scores"] = _floats(row)
+        shipped = measure(onnx_scores[: len(holdout)], holdout)
+        reference = measure(torch_scores[: len(holdout)], holdout)
+        metrics = {
+            "training_loss": loss,
+            "holdout_int8": shipped.as_dict(),
+            "holdout_fp32": reference.as_dict(),
+            "int8_largest_difference": float(np.abs(onnx_scores - torch_scores).max()),
+        }
+        manifest = write_manifest(written, {**facts, "probes": probes, "metrics": metrics})
+        load_scorer(written, device="cpu", engine="onnx")  # as a worker will: verified, probes scored
+    return WrittenVersion(manifest, directory, shipped)
+
+
+def _calibration(text_encoder: TextEncoder, training: Dataset, settings: TrainerSettings) -> list[list[int]]:
+    drawn = np.random.default_rng(settings.seed).permutation(len(training))[: settings.calibration_texts]
+    return [encoded.ids for encoded in text_encoder.encode([training.texts[int(index)] for index in drawn])]
+
+
+@torch.inference_mode()
+def _torch_scores(network: ToxicityNetwork, text_encoder: TextEncoder, texts: list[str]) -> Scores:
+    """The stored weights in fp32: what the int8 form is compared with."""
+    encoded = text_encoder.encode(texts)
+    scores = np.empty((len(texts), 6), dtype=np.float32)
+    network.eval()
+    for batch in plan_batches([len(item.ids) for item in encoded], 2048):
+        ids, mask = (torch.from_numpy(array) for array in pad([encoded[index].ids for index in batch]))
+        scores[batch] = network(ids, mask)["logits"].sigmoid().numpy()
+    return scores
+
+
+def _floats(row: np.ndarray) -> list[float]:
+    return [round(float(value), 6) for value in row]

@@ -1,0 +1,189 @@
+"""One retrain from claim to verdict: data, fine-tuning from the active version, the gate, the activation.
+
+The run's row is its only state. Whatever happens before the last transaction changes nothing for the workers.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from celery import Celery
+from sqlalchemy import Engine
+
+from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
+from config.settings import Settings, TrainerSettings
+from db import queries
+from db.session import open_database, reading, writing
+from model.engine import load_scorer
+from model.version import version_directory
+from trainer.dataset import Dataset, concatenate, from_corrections, read_csv, training_set
+from trainer.evaluation import evaluate
+from trainer.gate import judge
+from trainer.recipe import from_version, train_version
+from trainer.training import Progress
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+REPORT_EVERY_S = 0.5
+BY = "trainer"
+
+
+class NothingToTrain(Exception):
+    """A run that cannot begin; the message says what is missing."""
+
+
+def carry_out(run_id: str, settings: Settings) -> None:
+    """Carry out a requested run. Its row ends as promoted, refused or failed, with the reason.
+
+    A run that is not in state `requested` is left alone: its message came twice.
+    """
+    database = open_database(settings.database_url)
+    with writing(database) as connection:
+        claimed = queries.claim_run(connection, run_id, datetime.now(UTC))
+    if not claimed:
+        logger.info("run %s was carried out before, or never requested; nothing to do", run_id)
+        return
+    stopped = threading.Event()
+    threading.Thread(target=_show_life, args=(database, run_id, stopped), name="heartbeat", daemon=True).start()
+    try:
+        promoted = _retrain(run_id, settings, database)
+    except queries.RunIsOver as error:
+        logger.error("run %s stops: %s", run_id, error)
+        return
+    except Exception as error:
+        logger.exception("run %s failed", run_id)
+        with writing(database) as connection:
+            queries.finish_run(
+                connection, run_id, state="failed", reason=f"{type(error).__name__}: {error}", now=datetime.now(UTC)
+            )
+        return
+    finally:
+        stopped.set()
+    if promoted:
+        _tell_workers(settings.broker_url)
+
+
+def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
+    report = _Reporter(database, run_id)
+    report(Progress("data"))
+    with reading(database) as connection:
+        run = queries.run(connection, run_id)
+        active = queries.active(connection)
+        corrections = from_corrections((row.text, row.labels) for row in queries.reviewed_examples(connection))
+    assert run is not None
+    if active is None:
+        raise NothingToTrain("no version is active yet: start a worker once, or activate a version")
+    chosen = TrainerSettings.model_validate({**settings.trainer.model_dump(), **run.overrides})
+    parent_directory = version_directory(active.version, settings.versions_dir)
+    # Verified by loading it as a worker would; also what the candidate is compared with.
+    parent = load_scorer(parent_directory, device="cpu", expected_version=active.version)
+
+    holdout = _first(read_csv(chosen.holdout_file), chosen.max_holdout_rows)
+    training = training_set(
+        concatenate([read_csv(path) for path in chosen.train_files]),
+        corrections,
+        holdout,
+        max_rows=chosen.max_rows,
+        correction_repeats=chosen.correction_repeats,
+        seed=chosen.seed,
+    )
+    if not len(training):
+        raise NothingToTrain("there are no rows to train on: no corrections, and the training files are empty")
+    report.note(parent=active.version, dataset_sha256=training.sha256)
+
+    version = f"v{datetime.now(UTC):%Y%m%d-%H%M%S}-{run_id[:8]}"
+    with tempfile.TemporaryDirectory(prefix="moderato-training-") as work_dir:
+        candidate = train_version(
+            from_version(parent_directory),
+            training,
+            holdout,
+            chosen,
+            version=version,
+            directory=settings.versions_dir / version,
+            work_dir=Path(work_dir),
+            report=report,
+        )
+    report(Progress("judging"))
+    active_evaluation = evaluate(parent, holdout)
+    judgement = judge(candidate.evaluation, active_evaluation, chosen)
+
+    now = datetime.now(UTC)
+    # Version, verdict and activation in one transaction: a kill leaves all of them or none.
+    with writing(database) as connection:
+        queries.register_version(connection, candidate.manifest.model_dump(), now)
+        queries.finish_run(
+            connection,
+            run_id,
+            state="promoted" if judgement.promoted else "refused",
+            reason=judgement.reason,
+            version=version,
+            metrics={"candidate": candidate.evaluation.as_dict(), "active": active_evaluation.as_dict()},
+            now=now,
+        )
+        if judgement.promoted:
+            queries.activate(connection, version=version, by=BY, reason=f"run {run_id}: {judgement.reason}", now=now)
+    logger.info("run %s: version %s: %s", run_id, version, judgement.reason)
+    return judgement.promoted
+
+
+def _first(holdout: Dataset, rows: int) -> Dataset:
+    """The same rows every time, so that one run's figures can be held against another's."""
+    return holdout.take(range(min(rows, len(holdout)))) if rows else holdout
+
+
+class _Reporter:
+    """Writes progress to the run's row, at most a few times a second.
+
+    Raises:
+        RunIsOver: the run was given up while it trained; it must not go on to publish anything.
+    """
+
+    def __init__(self, database: Engine, run_id: str) -> None:
+        self._database = database
+        self._run_id = run_id
+        self._phase = ""
+        self._reported_at = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        is_last = progress.step is not None and progress.step == progress.total_steps
+        due = time.monotonic() >= self._reported_at + REPORT_EVERY_S
+        if progress.phase == self._phase and not due and not is_last:
+            return
+        self._phase, self._reported_at = progress.phase, time.monotonic()
+        steps = {
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "loss": progress.loss,
+            "seconds_left": progress.seconds_left,
+        }
+        self.note(phase=progress.phase, **(steps if progress.step is not None else {}))
+
+    def note(self, **columns: object) -> None:
+        with writing(self._database) as connection:
+            queries.report_progress(connection, self._run_id, now=datetime.now(UTC), **columns)  # type: ignore[arg-type]
+
+
+def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
+    """Heartbeats, also while a phase takes long."""
+    while not stopped.wait(HEARTBEAT_S):
+        try:
+            with writing(database) as connection:
+                queries.report_progress(connection, run_id, now=datetime.now(UTC))
+        except queries.RunIsOver:
+            return
+        except Exception as error:
+            logger.warning("run %s: no heartbeat could be written (%s)", run_id, type(error).__name__)
+
+
+def _tell_workers(broker_url: str) -> None:
+    """The activation's row is the truth and workers look at it by themselves; this only makes it sooner."""
+    try:
+        app = Celery(broker=broker_url, set_as_current=False)
+        app.conf.control_exchange = WORKER_CONTROL_EXCHANGE
+        app.control.broadcast(ACTIVATION_CHANGED)
+    except Exception as error:
+        logger.info("workers were not told at once (%s); they will see the activation by themselves", error)
