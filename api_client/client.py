@@ -1,0 +1,619 @@
+"""What producers and moderators hold: submit comments, read decisions, correct them, retrain, choose the version.
+
+Owns the producer's side of the queue. Imports neither torch nor the model: tasks are sent by name.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
+from uuid import uuid4
+
+from celery import Celery
+from kombu import Connection as BrokerConnection
+from kombu.exceptions import KombuError
+from kombu.pidbox import Mailbox
+from kombu.pools import ProducerPool
+from redis.exceptions import RedisError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from api_client.comment import InvalidComment, message_form
+from config.names import (
+    ACTIVATION_CHANGED,
+    MODERATE_QUEUE,
+    MODERATE_TASK,
+    RETRAIN_QUEUE,
+    RETRAIN_TASK,
+    SUBMITTED_AT_HEADER,
+    TRAINER_CONTROL_EXCHANGE,
+    WORKER_CONTROL_EXCHANGE,
+    WORKER_UNACKED_KEY,
+    Action,
+)
+from config.settings import settings, trainer_settings, without_password
+from db import queries
+from db.session import DatabaseProblem, open_database, reading, writing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COMMENTS_PER_MESSAGE = 64
+COMMENTS_PER_ROUND_TRIP = 1_024
+TEXT_BYTES_PER_ROUND_TRIP = 4 * 1024 * 1024
+"""Bounds the memory of `submit_many`, whatever the comments' lengths."""
+RESEND_PAUSES_S = (0.2, 1.0)
+"""Before each further attempt to send. The same message twice is one submission: its task id stays."""
+MAX_CONNECTIONS = 10
+CONNECT_TIMEOUT_S = 3
+SOCKET_TIMEOUT_S = 15
+PING_TIMEOUT_S = 1.0
+FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
+
+BROKER_ERRORS = (KombuError, RedisError, OSError)
+
+Answer = TypeVar("Answer")
+
+
+class BrokerUnavailable(Exception):
+    """Redis did not take or answer something; the message names its URL without the password."""
+
+
+class WaitTimeout(Exception):
+    """Some submissions have no outcome in time; the message says how many and where to look."""
+
+
+class RefusedByGate(DatabaseProblem):
+    """A version that the gate refused is activated only by force."""
+
+
+class NothingToRollBack(DatabaseProblem):
+    """No other version was active before."""
+
+
+class ResultFilters(TypedDict, total=False):
+    """What `results` may be narrowed by; see `db.queries.results` for each."""
+
+    community: str | None
+    comment_id: str | None
+    author: str | None
+    action: str | None
+    label: str | None
+    min_score: float | None
+    model_version: str | None
+    since: datetime | None
+    until: datetime | None
+    order: str
+    limit: int | None
+
+
+class Results:
+    """Decisions that fit some filters: iterates over `db.queries.Result`, asking the database anew each time."""
+
+    def __init__(self, read: Callable[[], AbstractContextManager[Connection]], filters: ResultFilters) -> None:
+        self._read = read
+        self._filters = filters
+
+    def __iter__(self) -> Iterator[queries.Result]:
+        with self._read() as connection:
+            yield from queries.results(connection, **self._filters)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """All of them as a pandas DataFrame, one column per field of `db.queries.Result`."""
+        import pandas as pd
+
+        columns = [column.name for column in fields(queries.Result)]
+        return pd.DataFrame([[getattr(row, name) for name in columns] for row in self], columns=columns)
+
+
+@dataclass(kw_only=True)
+class Status:
+    """The state of the system. What could not be asked is None or empty, and `problems` says why."""
+
+    broker_url: str
+    """Without its password, as the next."""
+    database_url: str
+    problems: list[str] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list)
+    """Node names of those that answer."""
+    trainers: list[str] = field(default_factory=list)
+    queued_messages: int | None = None
+    held_messages: int | None = None
+    """Taken by a worker and not yet decided, or left by one that died."""
+    active: queries.ActivationRow | None = None
+    loads: list[queries.LoadRow] = field(default_factory=list)
+    """Each worker's newest word on the active version."""
+    totals: queries.Totals | None = None
+    last_run: queries.RunRow | None = None
+
+
+class ModerationClient:
+    """Speaks to the queue and the database. Connects when first used; one client may serve several threads.
+
+    Every method may raise BrokerUnavailable or DatabaseProblem, where it uses the one or the other.
+    """
+
+    def __init__(self, broker_url: str | None = None, database_url: str | None = None) -> None:
+        """Prepare, connecting to nothing.
+
+        Args:
+            broker_url: as Celery writes it; from the settings where it is not given.
+            database_url: SQLite or PostgreSQL; from the settings where it is not given.
+
+        Raises:
+            SettingsError: they cannot be read.
+        """
+        self._broker_url = broker_url or settings().broker_url
+        self._database_url = database_url or settings().database_url
+        self._engine = open_database(self._database_url)
+        self._app = Celery("moderato", broker=self._broker_url, set_as_current=False)
+        self._app.conf.update(
+            task_serializer="json",
+            accept_content=["json"],
+            task_ignore_result=True,
+            task_publish_retry=False,  # `_with_broker` sends again
+            broker_transport_options={
+                "socket_connect_timeout": CONNECT_TIMEOUT_S,
+                "socket_timeout": SOCKET_TIMEOUT_S,
+                # Of the first connection: by default kombu tries for ever.
+                "max_retries": 1,
+                "interval_start": 0.1,
+            },
+        )
+
+        # Our own pools: Celery's are shared by every app with the same URL in the process, and are not ours to close.
+        self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
+        self._producers = ProducerPool(self._connections, limit=MAX_CONNECTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._producers.force_close_all()
+        self._connections.force_close_all()
+        self._app.close()
+        self._engine.dispose()
+
+    # --- Submitting ----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        text: str,
+        *,
+        id: str | int | None = None,
+        community: str | None = None,
+        author: str | int | None = None,
+        language: str | None = None,
+        created_at: datetime | str | None = None,
+        expires_at: datetime | str | None = None,
+        context: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+        store_text: bool = True,
+        queue: str = MODERATE_QUEUE,
+    ) -> str:
+        """Send one comment to be moderated; for many, `submit_many` is a hundred times faster.
+
+        Args:
+            text: 1 to 20,480 bytes of UTF-8.
+            id: the producer's own, at most 200 characters.
+            community: selects the policy.
+            author: opaque.
+            created_at: when it was written, with a time zone.
+            expires_at: after which it needs no decision any more.
+            context: up to 4 KiB of JSON, stored beside the decision and never scored.
+            idempotency_key: names this submission, so that the same one sent twice is decided once.
+            store_text: false keeps the text out of the database.
+
+        Returns:
+            The submission's id: the idempotency key, or one made here.
+
+        Raises:
+            InvalidComment: what would not be taken.
+        """
+        comment = {
+            "text": text,
+            "id": id,
+            "community": community,
+            "author": author,
+            "language": language,
+            "created_at": created_at,
+            "expires_at": expires_at,
+            "context": context,
+            "idempotency_key": idempotency_key,
+            "store_text": store_text,
+        }
+        return self._send([message_form(comment)], queue)[0]
+
+    def submit_many(
+        self,
+        comments: Iterable[str | Mapping[str, Any]],
+        *,
+        queue: str = MODERATE_QUEUE,
+        on_sent: Callable[[list[str]], object] | None = None,
+    ) -> int:
+        """Send any number of comments, many in one message; when it returns, all of them are in Redis.
+
+        They are read as they are sent, at most 1,024 (or 4 MiB of text) at a time, so the iterable may be larger than
+        memory, or without an end. The ids are handed over in the same steps, for the same reason:
+
+            ids = []
+            client.submit_many(comments, on_sent=ids.extend)
+
+        A source that pauses keeps up to 1,023 comments waiting here: call this once for each burst, or use `submit`.
+
+        Args:
+            comments: texts, or mappings with the arguments of `submit` as keys.
+            on_sent: is given the ids of each step, in the order of the comments.
+
+        Returns:
+            How many were sent.
+
+        Raises:
+            InvalidComment: a comment would not be taken; the message says which. Those before it are sent.
+        """
+        count = 0
+        for batch in _round_trips(comments):
+            ids = self._send(batch, queue)
+            count += len(ids)
+            if on_sent is not None:
+                on_sent(ids)
+        return count
+
+    def _send(self, comments: list[dict[str, Any]], queue: str) -> list[str]:
+        messages = [
+            (str(uuid4()), comments[start : start + COMMENTS_PER_MESSAGE])
+            for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
+        ]
+        submitted_at = time.time()
+
+        def publish() -> None:
+            with self._producers.acquire(block=True) as producer, producer.batch(len(messages)):
+                for task_id, listed in messages:
+                    self._app.send_task(
+                        MODERATE_TASK,
+                        [listed],
+                        task_id=task_id,
+                        queue=queue,
+                        headers={SUBMITTED_AT_HEADER: submitted_at},
+                        # Celery's own would put the texts into the headers, and from there into other people's logs.
+                        argsrepr=f"({len(listed)} comments,)",
+                        producer=producer,
+                        ignore_result=True,
+                    )
+
+        self._with_broker(
+            publish,
+            f"{len(comments)} comments may or may not have been submitted; an idempotency_key "
+            "makes it safe to submit them again",
+        )
+        return [
+            comment.get("idempotency_key") or f"{task_id}:{index}"
+            for task_id, listed in messages
+            for index, comment in enumerate(listed)
+        ]
+
+    # --- Results -------------------------------------------------------------------------------------------------
+
+    def wait(
+        self,
+        ids: Iterable[str],
+        *,
+        timeout_s: float,
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> dict[str, Literal["decided", "dead"]]:
+        """Wait until each of these submissions is decided or set aside as a dead letter.
+
+        Args:
+            on_progress: is told how many have an outcome, and how many there are.
+
+        Raises:
+            WaitTimeout: some have none after `timeout_s`.
+        """
+        missing = dict.fromkeys(ids)
+        total = len(missing)
+        outcomes: dict[str, Literal["decided", "dead"]] = {}
+        deadline = time.monotonic() + timeout_s
+        pause_s = FIRST_POLL_S
+        while True:
+            with self._reading() as connection:
+                found = queries.outcomes(connection, missing)
+            outcomes |= found
+            for submission_id in found:
+                del missing[submission_id]
+            if on_progress is not None:
+                on_progress(len(outcomes), total)
+            if not missing:
+                return outcomes
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeout(
+                    f"{len(missing)} of {total} comments have no decision after {timeout_s:g} s, the first of them "
+                    f"{next(iter(missing))}; `moderato status` says whether a worker runs and how many still wait"
+                )
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.5, LONGEST_POLL_S)
+
+    def result(self, submission_id: str) -> queries.Result | None:
+        """What became of one submission; None while it has no decision."""
+        with self._reading() as connection:
+            return queries.result(connection, submission_id)
+
+    def results(self, **filters: Unpack[ResultFilters]) -> Results:
+        """The decisions that fit every filter given; see `db.queries.results` for each. Iterating asks the database."""
+        return Results(self._reading, filters)
+
+    def dead_letters(self, *, limit: int = 100) -> list[queries.DeadLetterRow]:
+        """The newest comments and messages that could not be decided, newest first, each with its reason."""
+        with self._reading() as connection:
+            return queries.dead_letters(connection, limit=limit)
+
+    def review(
+        self,
+        submission_id: str,
+        *,
+        action: str,
+        labels: Mapping[str, bool | int] | None = None,
+        reviewer: str,
+        note: str | None = None,
+    ) -> int:
+        """Confirm or overturn a decision. It holds from now on, and the next retrain learns from it.
+
+        Args:
+            action: what should be done with the comment.
+            labels: true or false (1 or 0) for each label the reviewer speaks about.
+
+        Returns:
+            The review's id.
+
+        Raises:
+            NoSuchDecision: the submission has none.
+            ValueError: an unknown action or label, or a label that is neither true nor false.
+        """
+        if action not in list(Action):
+            raise ValueError(f"unknown action {action!r}; the actions are {', '.join(Action)}")
+        if wrong := [label for label, value in (labels or {}).items() if value not in (0, 1)]:
+            raise ValueError(f"label {wrong[0]} must be true or false (1 or 0)")
+        with self._writing() as connection:
+            return queries.add_review(
+                connection,
+                submission_id=submission_id,
+                action=action,
+                labels={label: bool(value) for label, value in (labels or {}).items()},
+                reviewer=reviewer,
+                note=note,
+                now=datetime.now(UTC),
+            )
+
+    # --- Training ------------------------------------------------------------------------------------------------
+
+    def retrain(self, *, requested_by: str, **overrides: Any) -> str:
+        """Ask the trainer for a new version, fine-tuned from the active one with everything that people corrected.
+
+        Args:
+            overrides: settings of the trainer, for this run only.
+
+        Returns:
+            The run's id, for `training_run`.
+
+        Raises:
+            SettingsError: an override is unknown or not allowed.
+        """
+        trainer_settings(overrides)
+        run_id = str(uuid4())
+        # The row first: a trainer that got the message and found no row would have nothing to claim.
+        with self._writing() as connection:
+            queries.request_run(
+                connection,
+                run_id=run_id,
+                requested_by=requested_by,
+                overrides=json.loads(json.dumps(overrides, default=str)),
+                now=datetime.now(UTC),
+            )
+
+        def request() -> None:
+            with self._producers.acquire(block=True) as producer:
+                self._app.send_task(
+                    RETRAIN_TASK, [run_id], task_id=run_id, queue=RETRAIN_QUEUE, producer=producer, ignore_result=True
+                )
+
+        try:
+            self._with_broker(request, "the training was not requested")
+        except BrokerUnavailable as unavailable:
+            with self._writing() as connection:
+                queries.finish_run(connection, run_id, state="failed", reason=str(unavailable), now=datetime.now(UTC))
+            raise
+        return run_id
+
+    def training_run(self, run_id: str) -> queries.RunRow | None:
+        """One training run, as far as it has come."""
+        with self._reading() as connection:
+            return queries.run(connection, run_id)
+
+    # --- Versions ------------------------------------------------------------------------------------------------
+
+    def versions(self) -> list[queries.VersionRow]:
+        """Every registered version, newest first."""
+        with self._reading() as connection:
+            return queries.versions(connection)
+
+    def active(self) -> queries.ActivationRow | None:
+        """The newest activation; None before the first."""
+        with self._reading() as connection:
+            return queries.active(connection)
+
+    def activations(self, *, limit: int = 10) -> list[queries.ActivationRow]:
+        """The newest activations, newest first."""
+        with self._reading() as connection:
+            return queries.activations(connection, limit)
+
+    def loads(self, activation_id: int) -> list[queries.LoadRow]:
+        """Each worker's newest word on an activation: loaded, or refused and why."""
+        with self._reading() as connection:
+            return queries.loads(connection, activation_id)
+
+    def activate(self, version: str, *, by: str, reason: str, force: bool = False) -> int:
+        """Make a version the active one. Workers follow within seconds, without a pause; one that cannot goes on
+        with the version it has, and `loads` says why.
+
+        Args:
+            force: also where the gate refused the version.
+
+        Returns:
+            The activation's id.
+
+        Raises:
+            NoSuchVersion: no version is registered under this name.
+            RefusedByGate: it is worse than what was active when it was trained.
+        """
+        with self._writing() as connection:
+            run = queries.run_that_wrote(connection, version)
+            if run is not None and run.state == "refused" and not force:
+                raise RefusedByGate(
+                    f"version {version} was refused by the gate, use force to activate it: {run.reason}"
+                )
+            activation_id = queries.activate(connection, version=version, by=by, reason=reason, now=datetime.now(UTC))
+        self._tell_workers()
+        return activation_id
+
+    def rollback(self, *, by: str, reason: str | None = None) -> int:
+        """Make the version that was active before the active one again; the activation's id is returned.
+
+        Raises:
+            NothingToRollBack: there was none.
+        """
+        with self._writing() as connection:
+            version = queries.previous_version(connection)
+            if version is None:
+                raise NothingToRollBack("no other version was active before; `moderato models` lists them all")
+            activation_id = queries.activate(
+                connection, version=version, by=by, reason=reason or "rollback", now=datetime.now(UTC)
+            )
+        self._tell_workers()
+        return activation_id
+
+    def _tell_workers(self) -> None:
+        # The row is the truth and workers look for it every few seconds; this only makes it faster.
+        with suppress(*BROKER_ERRORS), self._connections.acquire(block=True) as broker:
+            _mailbox(WORKER_CONTROL_EXCHANGE, broker).abcast(ACTIVATION_CHANGED)
+
+    # --- The system ----------------------------------------------------------------------------------------------
+
+    def nodes(self) -> tuple[list[str], list[str]]:
+        """Node names of the workers and of the trainers that answer within a second."""
+        return self._with_broker(self._ping_all, "no worker could be asked")
+
+    def status(self) -> Status:
+        """How the system is. A part that cannot be reached is a line in `problems`, never an exception."""
+        status = Status(
+            broker_url=without_password(self._broker_url), database_url=without_password(self._database_url)
+        )
+        try:
+            status.queued_messages, status.held_messages = self._with_broker(self._count_messages, "nothing was asked")
+            status.workers, status.trainers = self.nodes()
+        except BrokerUnavailable as unavailable:
+            status.problems.append(str(unavailable))
+        try:
+            with self._reading() as connection:
+                status.active = queries.active(connection)
+                status.loads = queries.loads(connection, status.active.activation_id) if status.active else []
+                status.totals = queries.totals(connection)
+                status.last_run = next(iter(queries.runs(connection, limit=1)), None)
+        except DatabaseProblem as problem:
+            status.problems.append(str(problem))
+        return status
+
+    def _count_messages(self) -> tuple[int, int]:
+        with self._connections.acquire(block=True) as broker:
+            channel = broker.default_channel
+            # A message with a priority waits in a list of its own.
+            lists = [channel._q_for_pri(MODERATE_QUEUE, step) for step in channel.priority_steps]
+            return sum(channel.client.llen(name) for name in lists), channel.client.hlen(WORKER_UNACKED_KEY)
+
+    def _ping_all(self) -> tuple[list[str], list[str]]:
+        with ThreadPoolExecutor(2) as pool:
+            workers, trainers = pool.map(self._ping, (WORKER_CONTROL_EXCHANGE, TRAINER_CONTROL_EXCHANGE))
+        return workers, trainers
+
+    def _ping(self, exchange: str) -> list[str]:
+        with self._connections.acquire(block=True) as broker:
+            replies = _mailbox(exchange, broker).multi_call("ping", timeout=PING_TIMEOUT_S)
+        return sorted(node for reply in replies for node in reply)
+
+    # --- Connections ---------------------------------------------------------------------------------------------
+
+    def _with_broker(self, act: Callable[[], Answer], consequence: str) -> Answer:
+        """Do something with Redis, again after a pause where it fails.
+
+        Raises:
+            BrokerUnavailable: it failed each time.
+        """
+        for pause_s in (*RESEND_PAUSES_S, None):
+            try:
+                return act()
+            except BROKER_ERRORS as error:
+                if pause_s is None:
+                    url = without_password(self._broker_url)
+                    raise BrokerUnavailable(f"the broker {url} cannot be used: {error}; {consequence}") from error
+                time.sleep(pause_s)
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._explaining(), reading(self._engine) as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._explaining(), writing(self._engine) as connection:
+            yield connection
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn what the driver says into what happened: most often a database without, or with older, tables."""
+        try:
+            yield
+        except DBAPIError as error:
+            from db.migrate import require_current
+
+            with suppress(DBAPIError):
+                require_current(self._engine)
+            url = without_password(self._database_url)
+            raise DatabaseProblem(f"the database {url} cannot be used: {error.orig}") from error
+
+
+def _mailbox(exchange: str, broker: BrokerConnection) -> Any:
+    return Mailbox(exchange, type="fanout", accept=["json"], serializer="json")(broker)
+
+
+def _round_trips(comments: Iterable[str | Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Checked comments in lists bounded by count and bytes; those before a bad one are handed out before it raises."""
+    batch: list[dict[str, Any]] = []
+    text_bytes = 0
+    try:
+        for position, comment in enumerate(comments):
+            try:
+                form = message_form(comment)
+            except InvalidComment as error:
+                raise InvalidComment(f"comment {position} (counted from 0): {error}") from None
+            batch.append(form)
+            text_bytes += len(form["text"].encode())
+            if len(batch) == COMMENTS_PER_ROUND_TRIP or text_bytes >= TEXT_BYTES_PER_ROUND_TRIP:
+                yield batch
+                batch, text_bytes = [], 0
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

@@ -1,0 +1,460 @@
+"""The producers' client on a real Redis and real databases; no worker runs, so what it leaves there can be read."""
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Connection, Consumer, Message, Queue
+from kombu.pidbox import Mailbox
+
+from api_client.client import (
+    BrokerUnavailable,
+    ModerationClient,
+    NothingToRollBack,
+    RefusedByGate,
+    WaitTimeout,
+)
+from api_client.comment import InvalidComment
+from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.settings import ROOT, SettingsError
+from db import queries
+from db.migrate import SchemaMismatch
+from db.queries import NoSuchDecision, NoSuchVersion
+from db.session import DatabaseProblem, open_database, writing
+from tests.integration.rows import NOON, letter, minutes, prepare, scored
+from tests.services import wait_until
+
+NOWHERE = "redis://:secret@127.0.0.1:1/0"
+
+
+@pytest.fixture
+def client(redis_url: str, database_url: str) -> Iterator[ModerationClient]:
+    with ModerationClient(redis_url, database_url) as client:
+        yield client
+
+
+@pytest.fixture
+def producer(redis_url: str, empty_sqlite_url: str) -> Iterator[ModerationClient]:
+    """A client that only submits: its database has no tables, and is never asked."""
+    with ModerationClient(redis_url, empty_sqlite_url) as client:
+        yield client
+
+
+def decide(database_url: str, *rows: queries.ScoredSubmission) -> None:
+    """What a worker would write."""
+    engine = open_database(database_url)
+    with writing(engine) as connection:
+        prepare(connection, "v1", "v2")
+        queries.record_decisions(connection, rows)
+    engine.dispose()
+
+
+def received(url: str, queue: str = "toxicity") -> list[tuple[Any, Message]]:
+    """Every message in the queue, as plain kombu reads it: the decoded body, and the message."""
+    messages: list[tuple[Any, Message]] = []
+    with Connection(url) as broker, broker.channel() as channel:
+        while message := Queue(queue)(channel).get(no_ack=True):
+            messages.append((message.payload, message))
+    return messages
+
+
+class TestSubmitting:
+    def test_a_comment_becomes_a_message_that_any_celery_worker_reads(
+        self, producer: ModerationClient, redis_url: str
+    ) -> None:
+        # Given a comment with an id of the site's own
+        before = time.time()
+        submission_id = producer.submit("hello", id=7, community="news", created_at=NOON, context={"thread": 3})
+        # Then one Celery message waits, with one list of one comment as its only argument
+        [(body, message)] = received(redis_url)
+        args, kwargs, _ = body
+        assert args == [
+            [
+                {
+                    "text": "hello",
+                    "id": "7",
+                    "community": "news",
+                    "created_at": NOON.isoformat(),
+                    "context": {"thread": 3},
+                    "store_text": True,
+                }
+            ]
+        ]
+        assert kwargs == {}
+        assert message.content_type == "application/json"
+        assert message.headers["task"] == "worker.moderate"
+        assert before <= message.headers["submitted_at"] <= time.time()
+        # And the submission is named by the message's id and the place in the list
+        assert submission_id == f"{message.headers['id']}:0"
+
+    def test_no_comment_text_stands_in_the_headers(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given a comment whose text would be seen
+        producer.submit("do not show me")
+        # Then the headers, which monitors and logs show, do not hold it
+        [(_, message)] = received(redis_url)
+        assert "do not show me" not in json.dumps(message.headers)
+
+    def test_an_idempotency_key_is_the_submissions_id(self, producer: ModerationClient) -> None:
+        assert producer.submit("hello", idempotency_key="post-7") == "post-7"
+
+    def test_an_invalid_comment_is_refused_before_it_is_sent(self, producer: ModerationClient, redis_url: str) -> None:
+        with pytest.raises(InvalidComment, match="text is empty"):
+            producer.submit(" ")
+        assert received(redis_url) == []
+
+    def test_another_queue(self, producer: ModerationClient, redis_url: str) -> None:
+        producer.submit("hello", queue="toxicity-news")
+        assert len(received(redis_url, "toxicity-news")) == 1
+
+    def test_a_broker_that_is_not_there_is_named_without_its_password(self, empty_sqlite_url: str) -> None:
+        # Given a Redis that nobody started
+        with ModerationClient(NOWHERE, empty_sqlite_url) as client, pytest.raises(BrokerUnavailable) as raised:
+            client.submit("hello")
+        # Then the error says where it should be
+        assert "redis://:***@127.0.0.1:1/0" in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+
+class TestSubmittingMany:
+    def test_every_comment_in_order_up_to_64_in_a_message(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given more comments than one round trip takes, from a generator, some with keys
+        ids: list[str] = []
+        comments = (
+            {"text": f"comment {n}", "idempotency_key": f"key {n}" if n % 5 == 0 else None} for n in range(1_100)
+        )
+        count = producer.submit_many(comments, on_sent=ids.extend)
+        # Then each is in exactly one message, in order
+        messages = received(redis_url)
+        lists = [body[0][0] for body, _ in messages]
+        assert [comment["text"] for listed in lists for comment in listed] == [f"comment {n}" for n in range(1_100)]
+        assert max(map(len, lists)) == 64
+        # And each id is the one that a worker will give the submission
+        assert count == 1_100
+        assert ids == [
+            comment.get("idempotency_key", f"{message.headers['id']}:{index}")
+            for (body, message) in messages
+            for index, comment in enumerate(body[0][0])
+        ]
+
+    def test_nothing_needs_to_be_consumed(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given a caller that ignores what is returned
+        producer.submit_many(iter(["one"]))
+        # Then the comment is there
+        assert len(received(redis_url)) == 1
+
+    def test_an_endless_source_is_sent_as_it_is_read(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given comments without an end, whose reader gives up after some were sent
+        ids: list[str] = []
+
+        class Enough(Exception):
+            pass
+
+        def stop_after_two_steps(sent: list[str]) -> None:
+            ids.extend(sent)
+            if len(ids) == 2_048:
+                raise Enough
+
+        with pytest.raises(Enough):
+            producer.submit_many(map(str, itertools.count()), on_sent=stop_after_two_steps)
+        # Then those that were announced are there, and no others
+        assert sum(len(body[0][0]) for body, _ in received(redis_url)) == 2_048
+
+    def test_long_comments_do_not_gather_in_memory(self, producer: ModerationClient) -> None:
+        # Given 60 MB of comments from a generator
+        text = "x" * 20_000
+        tracemalloc.start()
+        try:
+            producer.submit_many(text[:-4] + f"{n:04}" for n in range(3_000))
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        # Then only a few steps of 4 MiB, in their forms on the way to Redis, are held at once
+        assert peak_bytes < 45_000_000
+
+    def test_a_bad_comment_is_named_and_those_before_it_are_sent(
+        self, producer: ModerationClient, redis_url: str
+    ) -> None:
+        ids: list[str] = []
+        with pytest.raises(InvalidComment, match=r"^comment 2 \(counted from 0\): text is empty"):
+            producer.submit_many(["one", "two", "", "four"], on_sent=ids.extend)
+        [(body, _)] = received(redis_url)
+        assert body[0] == [[{"text": "one"}, {"text": "two"}]]
+        assert len(ids) == 2
+
+    def test_a_source_that_fails_loses_nothing_it_gave(self, producer: ModerationClient, redis_url: str) -> None:
+        def comments() -> Iterator[str]:
+            yield "one"
+            raise OSError("the file is gone")
+
+        with pytest.raises(OSError, match="the file is gone"):
+            producer.submit_many(comments())
+        assert len(received(redis_url)) == 1
+
+
+class TestWaiting:
+    def test_until_each_is_decided_or_dead(self, client: ModerationClient, database_url: str) -> None:
+        # Given one dead letter, and a worker that decides the other a moment later
+        engine = open_database(database_url)
+        with writing(engine) as connection:
+            queries.record_dead_letters(connection, [letter("b")])
+        engine.dispose()
+        seen: list[tuple[int, int]] = []
+        worker = threading.Timer(0.3, decide, (database_url, scored("a")))
+        worker.start()
+        # Then waiting returns both outcomes, and told how far it was
+        assert client.wait(["a", "b", "a"], timeout_s=30, on_progress=lambda *p: seen.append(p)) == {
+            "a": "decided",
+            "b": "dead",
+        }
+        worker.join()
+        assert seen[0] == (1, 2)
+        assert seen[-1] == (2, 2)
+
+    def test_too_long_says_how_many_are_missing_and_where_to_look(
+        self, client: ModerationClient, database_url: str
+    ) -> None:
+        decide(database_url, scored("a"))
+        with pytest.raises(WaitTimeout, match=r"2 of 3 comments have no decision after 0 s, the first of them b; "):
+            client.wait(["a", "b", "c"], timeout_s=0)
+
+    def test_for_nothing_returns_at_once(self, client: ModerationClient) -> None:
+        assert client.wait([], timeout_s=0) == {}
+
+
+class TestResults:
+    def test_one_and_many(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url, scored("a", action="hide", toxic=0.95), scored("b", decided_at=minutes(1)))
+        # One by its id
+        assert client.result("nobody") is None
+        one = client.result("a")
+        assert one is not None
+        assert (one.action, one.scores["toxic"]) == ("hide", pytest.approx(0.95))
+        # Many by filters, as often as they are asked for
+        results = client.results(action="hide")
+        assert [row.submission_id for row in results] == ["a"]
+        assert [row.submission_id for row in results] == ["a"]
+
+    def test_as_a_frame(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url, scored("a"), scored("b", decided_at=minutes(1)))
+        frame = client.results(order="oldest").to_frame()
+        assert frame["submission_id"].tolist() == ["a", "b"]
+        assert frame["toxic"].tolist() == pytest.approx([0.1, 0.1])
+        # And no rows are a frame with the same columns
+        assert client.results(action="remove").to_frame().columns.tolist() == frame.columns.tolist()
+
+    def test_a_database_without_tables_says_what_to_run(self, producer: ModerationClient) -> None:
+        with pytest.raises(SchemaMismatch, match="run `moderato db upgrade`"):
+            producer.result("a")
+
+    def test_a_database_that_is_not_there_is_named_without_its_password(self, redis_url: str) -> None:
+        absent = "postgresql+psycopg://me:secret@127.0.0.1:1/x"
+        with ModerationClient(redis_url, absent) as client, pytest.raises(DatabaseProblem) as raised:
+            client.result("a")
+        assert "postgresql+psycopg://me:***@127.0.0.1:1/x cannot be used" in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+
+class TestReviewing:
+    def test_a_review_holds_from_then_on(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url, scored("a", action="hide"))
+        client.review("a", action="allow", labels={"toxic": 0, "insult": False}, reviewer="ada", note="irony")
+        row = client.result("a")
+        assert row is not None
+        assert (row.action, row.model_action, row.reviewer, row.note) == ("allow", "hide", "ada", "irony")
+
+    def test_what_cannot_be_reviewed(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url, scored("a"))
+        with pytest.raises(NoSuchDecision):
+            client.review("nobody", action="allow", reviewer="ada")
+        with pytest.raises(ValueError, match="unknown action 'delete'; the actions are allow, label"):
+            client.review("a", action="delete", reviewer="ada")
+        with pytest.raises(ValueError, match="unknown labels rude"):
+            client.review("a", action="hide", labels={"rude": 1}, reviewer="ada")
+        with pytest.raises(ValueError, match="label toxic must be true or false"):
+            client.review("a", action="hide", labels={"toxic": 2}, reviewer="ada")
+
+
+class TestRetraining:
+    def test_a_row_and_then_a_message_with_its_id(self, client: ModerationClient, redis_url: str) -> None:
+        # When a training is asked for with settings of its own
+        run_id = client.retrain(requested_by="ada", epochs=1, max_rows=300)
+        # Then its row says so
+        run = client.training_run(run_id)
+        assert run is not None
+        assert (run.state, run.requested_by, run.overrides) == ("requested", "ada", {"epochs": 1, "max_rows": 300})
+        # And the trainer's message names the row
+        [(body, message)] = received(redis_url, RETRAIN_QUEUE)
+        assert body[0] == [run_id]
+        assert message.headers["task"] == "trainer.retrain"
+
+    def test_a_wrong_setting_asks_for_nothing(self, client: ModerationClient, redis_url: str) -> None:
+        with pytest.raises(SettingsError, match=r"unknown setting trainer.epoch in the request; did you mean epochs\?"):
+            client.retrain(requested_by="ada", epoch=1)
+        with pytest.raises(SettingsError, match=r"setting trainer\.epochs = -1 in the request is wrong"):
+            client.retrain(requested_by="ada", epochs=-1)
+        assert client.status().last_run is None
+        assert received(redis_url, RETRAIN_QUEUE) == []
+
+    def test_a_request_that_could_not_be_sent_is_a_failed_run(self, sqlite_url: str) -> None:
+        with ModerationClient(NOWHERE, sqlite_url) as client:
+            with pytest.raises(BrokerUnavailable):
+                client.retrain(requested_by="ada")
+            run = client.status().last_run
+        assert run is not None
+        assert run.state == "failed"
+        assert run.reason is not None and "the training was not requested" in run.reason
+
+
+class TestVersions:
+    def test_activating_and_going_back(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url)
+        assert client.active() is None
+        # When the first is activated and then the second
+        client.activate("v1", by="ada", reason="the first")
+        with pytest.raises(NothingToRollBack):
+            client.rollback(by="ada")
+        second = client.activate("v2", by="ada", reason="better")
+        # Then the second is active
+        active = client.active()
+        assert active is not None
+        assert (active.activation_id, active.version, active.reason) == (second, "v2", "better")
+        # And going back makes the first active again
+        client.rollback(by="bob")
+        assert [(row.version, row.activated_by, row.reason) for row in client.activations(limit=2)] == [
+            ("v1", "bob", "rollback"),
+            ("v2", "ada", "better"),
+        ]
+
+    def test_a_version_that_nobody_registered(self, client: ModerationClient) -> None:
+        with pytest.raises(NoSuchVersion):
+            client.activate("v9", by="ada", reason="hope")
+
+    def test_a_version_that_the_gate_refused_needs_force(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url)
+        engine = open_database(database_url)
+        with writing(engine) as connection:
+            queries.request_run(connection, run_id="r", requested_by="ada", overrides={}, now=NOON)
+            queries.finish_run(connection, "r", state="refused", reason="toxic fell", version="v2", now=NOON)
+        engine.dispose()
+        with pytest.raises(RefusedByGate, match="toxic fell"):
+            client.activate("v2", by="ada", reason="hope")
+        assert client.active() is None
+        client.activate("v2", by="ada", reason="hope", force=True)
+        active = client.active()
+        assert active is not None and active.version == "v2"
+
+    def test_the_workers_are_told(self, redis_url: str, sqlite_url: str) -> None:
+        # Given somebody who listens where workers do
+        decide(sqlite_url)
+        heard: list[str] = []
+        with Connection(redis_url) as broker, broker.channel() as channel:
+            mailbox = Mailbox(WORKER_CONTROL_EXCHANGE, type="fanout", accept=["json"], serializer="json")(broker)
+            with Consumer(
+                channel,
+                [mailbox.get_queue("listener")],
+                accept=["json"],
+                callbacks=[lambda body, _: heard.append(body["method"])],
+                no_ack=True,
+            ):
+                with suppress(TimeoutError):
+                    broker.drain_events(timeout=0.5)  # kombu subscribes when it first waits
+                with ModerationClient(redis_url, sqlite_url) as client:
+                    client.activate("v1", by="ada", reason="first")
+                while not heard:
+                    broker.drain_events(timeout=30)
+        # Then it hears of the activation
+        assert heard == [ACTIVATION_CHANGED]
+
+    def test_without_a_broker_the_row_is_still_written(self, sqlite_url: str) -> None:
+        decide(sqlite_url)
+        with ModerationClient(NOWHERE, sqlite_url) as client:
+            client.activate("v1", by="ada", reason="first")
+            active = client.active()
+        assert active is not None and active.version == "v1"
+
+
+class TestStatus:
+    def test_everything_at_once(self, client: ModerationClient, database_url: str, redis_url: str) -> None:
+        # Given two messages without and one with a priority, a decision, an activation and its refusal by a worker
+        client.submit("one")
+        client.submit("two")
+        with Celery(broker=redis_url, set_as_current=False) as plain:
+            plain.send_task("worker.moderate", [[{"text": "three"}]], queue="toxicity", priority=6)
+        decide(database_url, scored("a", action="hide"))
+        activation_id = client.activate("v2", by="ada", reason="better")
+        engine = open_database(database_url)
+        with writing(engine) as connection:
+            queries.record_load(
+                connection, activation_id=activation_id, worker="worker@a", version="v1", error="damaged", now=NOON
+            )
+        engine.dispose()
+        # Then the status tells of each
+        status = client.status()
+        assert status.problems == []
+        assert (status.workers, status.trainers) == ([], [])
+        assert (status.queued_messages, status.held_messages) == (3, 0)
+        assert status.active is not None and status.active.version == "v2"
+        assert [(load.worker, load.version, load.error) for load in status.loads] == [("worker@a", "v1", "damaged")]
+        assert status.totals is not None and status.totals.actions == {"hide": 1}
+        assert status.last_run is None
+
+    def test_what_cannot_be_reached_is_said_and_the_rest_is_there(self, empty_sqlite_url: str, redis_url: str) -> None:
+        # Given a Redis, but a database without tables
+        with ModerationClient(redis_url, empty_sqlite_url) as client:
+            status = client.status()
+        assert status.queued_messages == 0
+        assert status.totals is None
+        assert len(status.problems) == 1 and "moderato db upgrade" in status.problems[0]
+
+    def test_a_stock_celery_worker_answers_and_takes_the_list(
+        self, producer: ModerationClient, redis_url: str, tmp_path: Path
+    ) -> None:
+        # Given a worker of plain Celery, on our workers' control exchange, that writes down what it is given
+        taken = tmp_path / "taken.json"
+        script = f"""
+import json, pathlib, sys
+from celery import Celery
+app = Celery(broker={redis_url!r})
+app.conf.control_exchange = {WORKER_CONTROL_EXCHANGE!r}
+@app.task(name="worker.moderate")
+def moderate(comments):
+    pathlib.Path({str(taken)!r}).write_text(json.dumps(comments))
+app.worker_main(["worker", "-P", "solo", "-n", "worker@here", "-Q", "toxicity", "-l", "ERROR"])
+"""
+        worker = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        try:
+            # Then it is found among the workers, and not among the trainers
+            wait_until(lambda: producer.nodes() == (["worker@here"], []), what="the worker's answer")
+            # And its task is called with the list
+            producer.submit_many(["one", "two"])
+            wait_until(lambda: taken.exists() and taken.read_text(), what="the worker's task")
+            assert json.loads(taken.read_text()) == [{"text": "one"}, {"text": "two"}]
+        finally:
+            worker.terminate()
+            worker.wait()
+
+    def test_passwords_are_not_shown(self) -> None:
+        with ModerationClient(NOWHERE, "postgresql+psycopg://me:secret@127.0.0.1:1/x") as client:
+            status = client.status()
+        assert "secret" not in repr(status)
+        assert len(status.problems) == 2
+
+
+def test_importing_the_client_loads_no_model() -> None:
+    # Given a fresh interpreter
+    script = (
+        "import sys, api_client.client; "
+        "print(sorted({'torch', 'transformers', 'onnxruntime', 'pandas', 'model'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
