@@ -1,0 +1,65 @@
+"""A small real version: a random two-layer DistilBERT, trained for a moment and exported by the project's own code.
+
+Its scores mean little, but everything about it is real: tokenizer, weights, int8 form, manifest and hashes.
+"""
+
+import shutil
+from pathlib import Path
+
+from tokenizers import BertWordPieceTokenizer
+from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+from config.settings import ROOT, TrainerSettings, load_settings
+from trainer.dataset import read_csv
+from trainer.recipe import WrittenVersion, from_encoder, train_version
+
+TRAIN = ROOT / "samples" / "train.csv"
+HOLDOUT = ROOT / "samples" / "holdout.csv"
+
+
+def tiny_settings(**overrides: object) -> TrainerSettings:
+    """The default trainer settings, small enough for a test."""
+    small = {"epochs": 1, "batch_size": 16, "max_length": 64, "calibration_texts": 16, "learning_rate": 5e-4}
+    return load_settings({}).trainer.model_copy(update=small | overrides)
+
+
+def write_tiny_encoder(directory: Path) -> Path:
+    """A random DistilBERT and its tokenizer, as `from_pretrained` reads them."""
+    texts = read_csv(TRAIN).texts[:300]
+    tokenizer = BertWordPieceTokenizer(lowercase=True)
+    tokenizer.train_from_iterator(texts, vocab_size=1000, show_progress=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+    ).save_pretrained(directory)
+    config = DistilBertConfig(
+        vocab_size=tokenizer.get_vocab_size(), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64
+    )
+    DistilBertModel(config).save_pretrained(directory)
+    return directory
+
+
+def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **overrides: object) -> WrittenVersion:
+    """Train and publish a tiny version under `versions_dir`."""
+    work_dir = versions_dir / f".work-{version}"
+    work_dir.mkdir(parents=True)
+    try:
+        settings = tiny_settings(**overrides)
+        start = from_encoder(str(write_tiny_encoder(work_dir / "encoder")), settings.max_length, work_dir)
+        return train_version(
+            start,
+            read_csv(TRAIN).take(range(rows)),
+            read_csv(HOLDOUT).take(range(120)),
+            settings,
+            version=version,
+            directory=versions_dir / version,
+            work_dir=work_dir,
+            report=lambda progress: None,
+            precision="fp16",
+        )
+    finally:
+        shutil.rmtree(work_dir)
