@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target sets up from requirements.lock.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; \
+	done)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint lock clean
+
+help:
+	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
+	@echo 'make test   linters, types, import rules and every test'
+	@echo 'make lint   linters, types and import rules only'
+	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
+	@echo 'make clean  remove .venv and var, with the demo database and trained versions'
+
+install: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'moderato needs Python 3.11 or 3.12 with venv; name one: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@echo 'Setting up .venv from requirements.lock; this takes some minutes once.'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install
+	$(BIN)/moderato demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+# pip-tools writes the file; a CPU-only build of torch must not end up in everyone's lock.
+lock: install
+	$(BIN)/python -m pip install -q pip-tools
+	$(BIN)/pip-compile -q --extra embedded --extra test --strip-extras --allow-unsafe --no-annotate --no-header \
+		--no-emit-options -o requirements.lock pyproject.toml
+	sed -i -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^#/d' -e '/^$$/d' requirements.lock
+	sed -i '1i # Every package at the version the tests passed with; made from pyproject.toml by `make lock`.' requirements.lock
+
+clean:
+	rm -rf .venv var
