@@ -1,5 +1,6 @@
 """Brings a database to this release's schema, or back. Owns when a migration runs; what it does is in migrations/."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from sqlalchemy import Engine, func, select
 from db.session import DatabaseProblem, open_database, reading, writing
 
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
+# It introduces itself at each look at the schema.
+logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
+
 UPGRADE_LOCK = 6_877_836_932
 """PostgreSQL's advisory lock of whoever migrates; any number that nobody else uses."""
 

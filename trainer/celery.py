@@ -35,5 +35,4 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     # A fresh process for every run: what torch took is given back, and a crash leaves nothing behind.
     worker_max_tasks_per_child=1,
-    worker_cancel_long_running_tasks_on_connection_loss=False,
 )

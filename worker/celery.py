@@ -30,6 +30,7 @@ app.conf.update(
     # Intake itself bounds what is held, in comments and bytes rather than in messages.
     worker_prefetch_multiplier=0,
     worker_enable_prefetch_count_reduction=False,
-    worker_cancel_long_running_tasks_on_connection_loss=False,
+    # Nothing runs in the pool; unset or False, every lost connection would print a page about it.
+    worker_cancel_long_running_tasks_on_connection_loss=True,
 )
 app.steps["consumer"].add(Intake)

@@ -16,6 +16,7 @@ from typing import Any
 from celery import bootsteps
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.control import control_command
+from sqlalchemy.exc import DBAPIError
 
 from config.names import (
     ACTIVATION_CHANGED,
@@ -24,7 +25,7 @@ from config.names import (
     MODERATE_QUEUE,
     SUBMITTED_AT_HEADER,
 )
-from config.settings import settings
+from config.settings import settings, without_password
 from db.migrate import require_current
 from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
@@ -85,6 +86,10 @@ class Intake(bootsteps.StartStopStep):
                 self._pipeline = self._start_pipeline(consumer.hostname)
             except (DatabaseProblem, PolicyError, VersionError) as error:
                 logger.critical("cannot start: %s", error)
+                raise SystemExit(1) from None
+            except (DBAPIError, OSError) as error:
+                database = without_password(settings().database_url)
+                logger.critical("cannot start: the database %s cannot be used: %s", database, error)
                 raise SystemExit(1) from None
         self._hub = consumer.hub
         self._channel = consumer.task_consumer.channel
