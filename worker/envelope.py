@@ -48,6 +48,8 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
         raise MalformedMessage("the envelope's headers and properties must be JSON objects")
     if not isinstance(headers.get("task", ""), str):
         raise MalformedMessage("the header task must be a string")
+    for ours in (MALFORMED_HEADER, MALFORMED_BYTES_HEADER):
+        headers.pop(ours, None)  # a producer's would be taken for our own word
     if envelope.get("content-type") != "application/json":
         raise MalformedMessage(f"content type {_shown(envelope.get('content-type'))}: only application/json is read")
     body = _decode(envelope.get("body"), properties.get("body_encoding"))

@@ -9,82 +9,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from config.names import (
-    DEFAULT_COMMUNITY,
-    MAX_COMMENTS_PER_MESSAGE,
-    MAX_CONTEXT_BYTES,
-    MAX_ID_CHARS,
-    MAX_TEXT_BYTES,
-    MODERATE_TASK,
-    Reason,
-)
+from config.comment import Comment, explain, shown
+from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_ID_CHARS, MODERATE_TASK, Reason
 from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
-
-
-def _storable(value: str) -> str:
-    if "\x00" in value:
-        raise ValueError("holds a NUL character, which databases cannot store; remove it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("holds a lone surrogate, which is no Unicode text; remove it")
-    return value
-
-
-def _text(value: str) -> str:
-    if not value.strip():
-        raise ValueError("is empty; a comment needs text to be scored")
-    if (length := len(value.encode())) > MAX_TEXT_BYTES:
-        raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
-    return value
-
-
-def _number_as_text(value: object) -> object:
-    # Many sites number their comments and authors.
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    if value is not None:
-        encoded = _storable(json.dumps(value, ensure_ascii=False, allow_nan=False).replace(r"\u0000", "\x00")).encode()
-        if len(encoded) > MAX_CONTEXT_BYTES:
-            raise ValueError(f"has {len(encoded):,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
-    return value
-
-
-def _plausible(value: datetime) -> datetime:
-    if not 1900 <= value.year <= 2999:
-        raise ValueError("must lie between the years 1900 and 2999")
-    return value
-
-
-StorableText = Annotated[str, AfterValidator(_storable)]
-Name = Annotated[StorableText, BeforeValidator(_number_as_text), Field(min_length=1, max_length=MAX_ID_CHARS)]
-Time = Annotated[AwareDatetime, AfterValidator(_plausible), Field(strict=False)]
-
-
-class Comment(BaseModel):
-    """One comment as a producer sends it."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    text: Annotated[StorableText, AfterValidator(_text)]
-    id: Name | None = None
-    community: Name = DEFAULT_COMMUNITY
-    author: Name | None = None
-    language: Annotated[StorableText, Field(max_length=35)] | None = None
-    created_at: Time | None = None
-    expires_at: Time | None = None
-    context: Annotated[dict[str, Any] | None, AfterValidator(_context)] = None
-    idempotency_key: Name | None = None
-    store_text: bool = True
-    v: Literal[1] = 1
-    """Version of this contract."""
+MAX_NESTING = 64
+"""Levels of lists and objects in a body. What is nested deeper can be read, but serialised again only by luck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +94,7 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
         except ValidationError as error:
             payload = _bytes(raw)
             kept = payload if _may_be_stored(raw) else b""
-            parsed.refused.append(_refuse(submission_id, Reason.INVALID_COMMENT, _explain(error), kept, len(payload)))
+            parsed.refused.append(_refuse(submission_id, Reason.INVALID_COMMENT, explain(error), kept, len(payload)))
             continue
         submission_id = comment.idempotency_key or submission_id
         if comment.expires_at is not None and comment.expires_at <= now:
@@ -181,14 +117,28 @@ def _refuse(dead_letter_id: str, reason: Reason, detail: str, payload: bytes, le
 
 
 def _decode(body: bytes) -> object:
+    too_deep = _Unreadable(
+        Reason.UNREADABLE_MESSAGE, f"the body is nested too deeply; {MAX_NESTING} levels are allowed in all"
+    )
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        decoded = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
-        raise _Unreadable(Reason.UNREADABLE_MESSAGE, "the body is nested too deeply") from None
+        raise too_deep from None
     except ValueError as error:
         # The error's own text may quote the comment.
         where = f" at character {error.pos:,}" if isinstance(error, json.JSONDecodeError) else ""
         raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"the body is not JSON in UTF-8{where}") from None
+    if _is_deeper_than(MAX_NESTING, decoded):
+        raise too_deep
+    return decoded
+
+
+def _is_deeper_than(levels: int, value: object) -> bool:
+    level = [value]
+    for _ in range(levels):
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
+    return any(isinstance(node, dict | list) for node in level)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -212,7 +162,7 @@ def _comments(task: object, arguments: object) -> list[object]:
     if task != MODERATE_TASK:
         raise _Unreadable(
             Reason.UNKNOWN_TASK,
-            f"task {_shown(task)} is not known here; this queue takes {MODERATE_TASK!r}",
+            f"task {shown(task)} is not known here; this queue takes {MODERATE_TASK!r}",
         )
     if not isinstance(arguments, list) or len(arguments) != 1 or not isinstance(arguments[0], list):
         raise _Unreadable(
@@ -222,24 +172,6 @@ def _comments(task: object, arguments: object) -> list[object]:
     if not arguments[0]:
         raise _Unreadable(Reason.NOT_A_LIST, "the list of comments is empty")
     return arguments[0]
-
-
-def _explain(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]:
-        place = ".".join(map(str, problem["loc"][:1]))
-        said = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            said = f"is not a field of a comment; allowed: {', '.join(Comment.model_fields)}"
-        elif problem["type"] == "missing":
-            said = "is required"
-        problems.append(f"{_shown(place)} {said}" if place else said)
-    return "; ".join(dict.fromkeys(problems))
-
-
-def _shown(value: object) -> str:
-    """A short, storable form of a name in a message; unknown keys may be anything."""
-    return ascii(value)[:100]
 
 
 def _is_storable(value: str) -> bool:

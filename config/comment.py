@@ -1,0 +1,89 @@
+"""The contract of one comment: what a producer may send. Client and worker check it with the same words. Pure."""
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from config.names import DEFAULT_COMMUNITY, MAX_CONTEXT_BYTES, MAX_ID_CHARS, MAX_TEXT_BYTES
+
+
+def _storable(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("holds a NUL character, which databases cannot store; remove it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds a lone surrogate, which is no Unicode text; remove it")
+    return value
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty; a comment needs text to be scored")
+    if (length := len(value.encode())) > MAX_TEXT_BYTES:
+        raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
+    return value
+
+
+def _number_as_text(value: object) -> object:
+    # Many sites number their comments and authors.
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is not None:
+        encoded = _storable(json.dumps(value, ensure_ascii=False, allow_nan=False).replace(r"\u0000", "\x00")).encode()
+        if len(encoded) > MAX_CONTEXT_BYTES:
+            raise ValueError(f"has {len(encoded):,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
+    return value
+
+
+def _plausible(value: datetime) -> datetime:
+    if not 1900 <= value.year <= 2999:
+        raise ValueError("must lie between the years 1900 and 2999")
+    return value
+
+
+StorableText = Annotated[str, AfterValidator(_storable)]
+Name = Annotated[StorableText, BeforeValidator(_number_as_text), Field(min_length=1, max_length=MAX_ID_CHARS)]
+Time = Annotated[AwareDatetime, AfterValidator(_plausible), Field(strict=False)]
+
+
+class Comment(BaseModel):
+    """One comment as a producer sends it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    text: Annotated[StorableText, AfterValidator(_text)]
+    id: Name | None = None
+    community: Name = DEFAULT_COMMUNITY
+    author: Name | None = None
+    language: Annotated[StorableText, Field(max_length=35)] | None = None
+    created_at: Time | None = None
+    expires_at: Time | None = None
+    context: Annotated[dict[str, Any] | None, AfterValidator(_context)] = None
+    idempotency_key: Name | None = None
+    store_text: bool = True
+    v: Literal[1] = 1
+    """Version of this contract."""
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with a comment, for its producer. Never quotes a value: that may be the comment's text."""
+    problems = []
+    for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]:
+        place = ".".join(map(str, problem["loc"][:1]))
+        said = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            said = f"is not a field of a comment; allowed: {', '.join(Comment.model_fields)}"
+        elif problem["type"] == "missing":
+            said = "is required"
+        elif problem["type"] == "model_type":
+            said = 'a comment is an object such as {"text": …}'
+        problems.append(f"{shown(place)} {said}" if place else said)
+    return "; ".join(dict.fromkeys(problems))
+
+
+def shown(value: object) -> str:
+    """A short, printable form of a name that a producer chose; it may be anything."""
+    return ascii(value)[:100]
