@@ -447,6 +447,15 @@ class ModerationClient:
         with self._reading() as connection:
             return queries.versions(connection)
 
+    def register(self, manifest: Mapping[str, Any]) -> None:
+        """Make a version known to the database; its files must be in the versions directory of every worker.
+
+        Raises:
+            VersionConflict: another version has this name.
+        """
+        with self._writing() as connection:
+            queries.register_version(connection, manifest, datetime.now(UTC))
+
     def active(self) -> queries.ActivationRow | None:
         """The newest activation; None before the first."""
         with self._reading() as connection:

@@ -1,0 +1,274 @@
+"""`moderato demo`: the whole system on real comments, from the first submission to a model swapped in mid-stream."""
+
+import csv
+import itertools
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import make_url
+
+from api_client.client import ModerationClient
+from cli.embedded_system import embedded_system
+from cli.producing import ACTION_STYLES
+from cli.terminal import Problem, out, progress, say, shorten, shown, user
+from cli.training import follow_run, verdict
+from config.names import LABELS, Action
+from config.settings import ROOT, settings, without_password
+from db.queries import Result, RunRow
+
+SAMPLES = ROOT / "samples" / "comments.csv"
+DECIDE_TIMEOUT_S = 600
+CORRECTIONS = 8
+RETRAIN = {"max_rows": 300, "max_holdout_rows": 300, "epochs": 1}
+"""Small enough for a minute on two cores."""
+LATE_PHASES = ("exporting", "evaluating", "judging")
+"""Of a retrain: the new version is near, so the stream begins."""
+STREAM_AT_LEAST = 600
+STREAM_LIST = 10
+STREAM_PAUSE_S = 0.2
+LOAD_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A real comment and what people said of it; a label that nobody judged is absent."""
+
+    text: str
+    labels: dict[str, bool]
+
+
+def run_demo() -> None:
+    """Start everything, show everything, stop everything.
+
+    Raises:
+        Problem: a step did not come out as it must.
+    """
+    chosen = settings()
+    samples = _read_samples()
+    # A community of this run's own keeps its comments apart from those of earlier ones; the default policy judges it.
+    community = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    with embedded_system(chosen), ModerationClient() as client:
+        _heading(f"1. {len(samples):,} real comments through the queue")
+        decided = _decide(client, samples, community)
+        _show_batches(decided)
+        _show_actions(decided)
+        _show_highest(client, community)
+
+        _heading("2. A moderator corrects the decisions that the known labels contradict most")
+        _correct(client, samples, decided)
+
+        _heading("3. Retrain on the corrections, and change the model while comments go on streaming")
+        _retrain_and_swap(client, samples, f"{community}-stream")
+    _heading("Done. Everything is stopped, and everything is kept")
+    _farewell(chosen.database_url, community)
+
+
+def _read_samples() -> list[Sample]:
+    with SAMPLES.open(encoding="utf-8", newline="") as file:
+        return [
+            Sample(row["comment_text"], {label: row[label] in ("1", "1.0") for label in LABELS if row[label]})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _decide(client: ModerationClient, samples: Sequence[Sample], community: str) -> list[Result]:
+    ids: list[str] = []
+    comments = ({"text": sample.text, "id": str(n), "community": community} for n, sample in enumerate(samples))
+    started = time.monotonic()
+    with progress("submitting", len(samples)) as update:
+
+        def on_sent(sent: list[str]) -> None:
+            ids.extend(sent)
+            update(len(ids))
+
+        client.submit_many(comments, on_sent=on_sent)
+    with progress("deciding", len(ids)) as update:
+        outcomes = client.wait(ids, timeout_s=DECIDE_TIMEOUT_S, on_progress=update)
+    seconds = time.monotonic() - started
+    if dead := [i for i, outcome in outcomes.items() if outcome == "dead"]:
+        raise Problem(f"{len(dead)} of the samples became dead letters; `moderato dead-letters` says why")
+    out.print(f"{len(ids):,} comments decided in {seconds:.1f} s: [bold]{len(ids) / seconds:.0f} comments/s[/]")
+    return list(client.results(community=community))
+
+
+def _show_batches(decided: Sequence[Result]) -> None:
+    # A batch is one transaction, and all its decisions bear one time.
+    batches = Counter((row.model_version, row.decided_at) for row in decided)
+    compute_ms = {(row.model_version, row.decided_at): row.compute_ms for row in decided}
+    sizes = sorted(batches.values())
+    median_ms = statistics.median(compute_ms.values())
+    out.print(
+        f"in {len(sizes):,} batches of {sizes[0]} to {sizes[-1]} comments (median {statistics.median(sizes):.0f}, mean "
+        f"{statistics.mean(sizes):.1f}), cut by length; a forward pass took {median_ms:.0f} ms (median)"
+    )
+    out.print(f"by version {', '.join(sorted({row.model_version for row in decided}))}")
+
+
+def _show_actions(decided: Sequence[Result]) -> None:
+    counts = Counter(row.action for row in decided)
+    table = Table("action", "comments", "share")
+    for action in Action:
+        share = f"{counts[action] / len(decided):.1%}"
+        table.add_row(Text(action, ACTION_STYLES[action]), f"{counts[action]:,}", share)
+    out.print(table)
+
+
+def _show_highest(client: ModerationClient, community: str) -> None:
+    out.print("[bold yellow]What follows is abusive:[/] the comment that scored highest on each label.")
+    table = Table("label", "score", "action", "comment")
+    for label in LABELS:
+        for row in client.results(community=community, order=label, limit=1):
+            action = Text(row.action, ACTION_STYLES[row.action])
+            table.add_row(label, f"{row.scores[label]:.3f}", action, Text(shorten(row.text)))
+    out.print(table)
+
+
+def _correct(client: ModerationClient, samples: Sequence[Sample], decided: Sequence[Result]) -> None:
+    def conflict(row: Result) -> float:
+        labels = samples[int(row.comment_id)].labels
+        return max((abs(row.scores[label] - known) for label, known in labels.items()), default=0.0)
+
+    table = Table("the model said", "the moderator says", "comment (may be abusive)")
+    for row in sorted(decided, key=conflict, reverse=True)[:CORRECTIONS]:
+        labels = samples[int(row.comment_id)].labels
+        action = Action.HIDE if any(labels.values()) else Action.ALLOW
+        client.review(row.submission_id, action=action, labels=labels, reviewer="demo moderator", note="demo")
+        model = f"{row.action}, toxic {row.toxic:.2f}"
+        person = f"{action}, {', '.join(label for label, known in labels.items() if known) or 'not toxic'}"
+        table.add_row(Text(model), Text(person), Text(shorten(row.text, 80)))
+    out.print(table)
+
+
+def _retrain_and_swap(client: ModerationClient, samples: Sequence[Sample], community: str) -> None:
+    before = client.active()
+    assert before is not None  # it has just decided
+    run_id = client.retrain(requested_by=user(), **RETRAIN)
+    with _streaming(client, samples, community) as stream:
+
+        def on_look(run: RunRow) -> None:
+            if run.phase in LATE_PHASES:
+                stream.begin()
+
+        run = follow_run(client, run_id, on_look)
+        say(verdict(run))
+        if run.state == "failed":
+            raise Problem("the demo ends here; var/log/trainer.log says more")
+        assert run.version is not None
+        forced = run.state == "refused"
+        if forced:
+            say(f"the demo activates {run.version} all the same, with force, and goes back at the end")
+            client.activate(run.version, by=user(), reason="demo: in spite of the gate", force=True)
+        stream.begin()
+        _wait_until_loaded(client, stream)
+    _show_stream(client, stream.ids, community, {before.version, run.version})
+    if forced:
+        client.rollback(by=user(), reason="demo: the gate was right")
+        active = client.active()
+        say(f"rolled back: {active.version if active else 'nothing'} is the active version again")
+
+
+@dataclass
+class _Stream:
+    """Comments submitted in small lists, one after the other, from a thread of its own."""
+
+    client: ModerationClient
+    comments: Iterator[dict[str, Any]]
+    ids: list[str] = field(default_factory=list)
+    error: Exception | None = None
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start submitting; does nothing where it has begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._submit, name="stream", daemon=True)
+            self._thread.start()
+
+    def end(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _submit(self) -> None:
+        try:
+            while not self._stop.wait(STREAM_PAUSE_S):
+                comments = itertools.islice(self.comments, STREAM_LIST)
+                self.client.submit_many(comments, on_sent=self.ids.extend)
+        except Exception as error:
+            self.error = error
+
+
+@contextmanager
+def _streaming(client: ModerationClient, samples: Sequence[Sample], community: str) -> Iterator[_Stream]:
+    endless = (
+        {"text": sample.text, "id": str(n), "community": community} for n, sample in enumerate(itertools.cycle(samples))
+    )
+    stream = _Stream(client, endless)
+    try:
+        yield stream
+    finally:
+        stream.end()
+    if stream.error is not None:
+        raise stream.error
+
+
+def _wait_until_loaded(client: ModerationClient, stream: _Stream) -> None:
+    """Return once a worker has followed the activation and the stream has gone on for a while after it."""
+    active = client.active()
+    assert active is not None
+    deadline = time.monotonic() + LOAD_TIMEOUT_S
+    loaded_at: int | None = None
+    with progress("streaming", STREAM_AT_LEAST) as update:
+        while loaded_at is None or len(stream.ids) < max(STREAM_AT_LEAST, loaded_at + STREAM_AT_LEAST // 4):
+            update(len(stream.ids), note="" if loaded_at is None else f"{active.version} is loaded")
+            for load in client.loads(active.activation_id):
+                if load.error is not None:
+                    raise Problem(f"{load.worker} refused {active.version} and goes on: {load.error}")
+                loaded_at = len(stream.ids) if loaded_at is None else loaded_at
+            if stream.error is not None or time.monotonic() > deadline:
+                raise Problem(f"no worker followed the activation of {active.version}; var/log/worker.log says more")
+            time.sleep(0.1)
+
+
+def _show_stream(client: ModerationClient, ids: Sequence[str], community: str, versions: set[str]) -> None:
+    with progress("deciding", len(ids)) as update:
+        client.wait(ids, timeout_s=DECIDE_TIMEOUT_S, on_progress=update)
+    rows = list(client.results(community=community, order="oldest"))
+    decisions = Counter(row.submission_id for row in rows)
+    if decisions.keys() != set(ids) or max(decisions.values()) != 1 or not {r.model_version for r in rows} <= versions:
+        raise Problem(f"{len(ids)} comments were submitted, but {len(rows)} decisions of {len(decisions)} were made")
+    out.print(f"[bold]{len(ids):,} comments submitted meanwhile, {len(rows):,} decisions: exactly one for each[/]")
+    table = Table("decided by", "comments", "from", "to")
+    for version in dict.fromkeys(row.model_version for row in rows):
+        times = [row.decided_at for row in rows if row.model_version == version]
+        table.add_row(version, f"{len(times):,}", shown(min(times)), shown(max(times)))
+    out.print(table)
+
+
+def _farewell(database_url: str, community: str) -> None:
+    query = (
+        "SELECT action, decided_by, COUNT(*) FROM current_actions "
+        f"WHERE community = '{community}' GROUP BY action, decided_by"
+    )
+    url = make_url(database_url)
+    say(f"The database is {without_password(database_url)}. A query to try:\n")
+    if url.get_backend_name() == "sqlite":
+        path = url.database
+        say(f"  python3 -c \"import sqlite3; print(*sqlite3.connect('{path}').execute(\\\"{query}\\\"), sep='\\n')\"")
+    else:
+        say(f"  {query};")
+    say("\nTo go on by hand: `moderato up`, and in another terminal `moderato submit`, `results`, `models`, …")
+
+
+def _heading(text: str) -> None:
+    out.print()
+    out.print(Text(text, "bold"))

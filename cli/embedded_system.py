@@ -1,0 +1,168 @@
+"""The whole system on one machine: Redis, database, worker and trainer, started together and stopped in order."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cli.terminal import Problem, err
+from config.settings import ROOT, Settings
+
+LOG_DIRECTORY = ROOT / "var" / "log"
+READY_TIMEOUT_S = 120
+"""The worker answers once its model is loaded and checked."""
+STOP_TIMEOUT_S = {"worker": 30.0, "trainer": 5.0}
+"""The worker finishes what it holds; a training is not waited for, and changes nothing where it is cut off."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process we started, in a session and so a process group of its own."""
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    log_start: int
+    """Where in the log this process began."""
+
+    def send(self, number: int) -> None:
+        """Signal the whole group: a prefork pool's child is in it."""
+        if self.process.poll() is None or number == signal.SIGKILL:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def last_lines(self) -> str:
+        with self.log.open("rb") as log:
+            log.seek(self.log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
+
+
+@contextmanager
+def embedded_system(settings: Settings) -> Iterator[None]:
+    """Everything runs and answers while the context is open; on leaving it, however that comes, nothing is left.
+
+    Ctrl-C, SIGTERM and SIGHUP stop it in order: worker, trainer, Redis. A second one while it stops kills what is left.
+
+    Raises:
+        RedisProblem: the embedded Redis cannot be started.
+        Problem: the worker or the trainer ended, or did not answer in time; the message holds its last words.
+    """
+    from api_client.embedded import EmbeddedRedis
+    from db.migrate import upgrade
+
+    services: list[Service] = []
+    stopping = False
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
+            # Raising here would leave the stop half done.
+            for service in services:
+                service.send(signal.SIGKILL)
+            return
+        stopping = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    redis = EmbeddedRedis() if settings.broker_url == EmbeddedRedis().url else None
+    previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        try:
+            if redis is not None:
+                redis.start()
+            upgrade(settings.database_url)
+            for name, module, queue in (("worker", "worker", "toxicity"), ("trainer", "trainer", "retrain")):
+                services.append(_start(name, module, queue))
+            _wait_until_ready(services)
+            yield
+        finally:
+            # A signal from here on is the second one. One that came just before is what the outer finally is for.
+            stopping = True
+    finally:
+        _stop(services)
+        if redis is not None:
+            redis.stop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(name: str, module: str, queue: str) -> Service:
+    LOG_DIRECTORY.mkdir(parents=True, exist_ok=True)
+    log = LOG_DIRECTORY / f"{name}.log"
+    # What the README tells people to run: celery -A worker worker -Q toxicity
+    command = [sys.executable, "-m", "celery", "-A", module, "worker", "-Q", queue]
+    with log.open("ab") as output:
+        return Service(
+            name,
+            subprocess.Popen(
+                [*command, "-n", f"{name}@%h", "--loglevel", "INFO"],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                # The terminal's Ctrl-C must not reach it before us, who stop things in order.
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            ),
+            log,
+            output.tell(),
+        )
+
+
+def _die_with_parent() -> None:
+    """Even where this command is killed with SIGKILL, the worker finishes what it holds and ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_ready(services: list[Service]) -> None:
+    from api_client.client import BrokerUnavailable, ModerationClient
+
+    expected = {f"{service.name}@{socket.gethostname()}" for service in services}
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with ModerationClient() as client, err.status("starting the worker and the trainer"):
+        while True:
+            _check_alive(services)
+            try:
+                workers, trainers = client.nodes()
+            except BrokerUnavailable as unavailable:
+                raise Problem(str(unavailable)) from None
+            if expected <= {*workers, *trainers}:
+                return
+            if time.monotonic() > deadline:
+                logs = ", ".join(str(service.log) for service in services)
+                raise Problem(f"worker and trainer did not both answer within {READY_TIMEOUT_S} s; see {logs}")
+
+
+def _check_alive(services: list[Service]) -> None:
+    for service in services:
+        if (status := service.process.poll()) is not None:
+            raise Problem(f"the {service.name} ended with status {status}; {service.log} says:\n{service.last_lines()}")
+
+
+def wait_while_running() -> None:
+    """Sleep until a signal ends the system."""
+    while True:
+        signal.pause()
+
+
+def _stop(services: list[Service]) -> None:
+    for service in services:
+        service.send(signal.SIGTERM)
+    for service in services:
+        with suppress(subprocess.TimeoutExpired):
+            service.process.wait(STOP_TIMEOUT_S[service.name])
+        # Also where it ended by itself: a child of its pool may be left.
+        service.send(signal.SIGKILL)
+        service.process.wait()

@@ -1,0 +1,54 @@
+"""`moderato`: every command under one name. Imports nothing heavy: each command loads what it needs when it runs."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli import offline, producing, system, training, versions
+from cli.terminal import say
+
+OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
+
+
+class Commands(TyperGroup):
+    """Shows an exception of our own as the one line it was written to be; any other is a bug with its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+                raise
+            say(f"moderato: {error}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Moderate comments: submit them to a queue, read the decisions, correct them, retrain, swap the model live. "
+    "Begin with `moderato up`, or with `moderato demo` to see all of it in three minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback with local variables would show comments.
+    pretty_exceptions_enable=False,
+)
+
+app.command()(system.demo)
+app.command()(system.up)
+app.command()(system.status)
+app.command()(producing.submit)
+app.command()(producing.results)
+app.command()(producing.review)
+app.command()(producing.dead_letters)
+app.command()(training.retrain)
+app.command()(versions.models)
+app.command()(versions.activate)
+app.command()(versions.rollback)
+app.command()(offline.score)
+app.command()(offline.evaluate)
+app.command()(training.train)
+app.add_typer(system.database, name="db")
+
+if __name__ == "__main__":
+    app()

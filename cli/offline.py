@@ -1,0 +1,170 @@
+"""Commands that need neither queue nor database: score a CSV, measure a version on labelled rows."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from cli.terminal import Problem, out, print_json, progress, say
+from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from model.engine import Scorer
+    from model.policy import Policy
+
+ROWS_PER_CHUNK = 512
+ADDED_COLUMNS = (*LABELS, "action")
+
+Version = Annotated[str, typer.Option(help="Name in the versions directory, or a version's own directory.")]
+
+
+def score(
+    source: Annotated[Path, typer.Argument(metavar="IN.csv", exists=True, dir_okay=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT.csv", dir_okay=False)],
+    text_column: Annotated[str, typer.Option(help="Column that holds the texts.")] = "comment_text",
+    version: Version = STARTER_VERSION,
+    policy: Annotated[Path | None, typer.Option(help="Policy file; by default the configured one.")] = None,
+    community: Annotated[str, typer.Option(help="Whose rules of the policy decide.")] = DEFAULT_COMMUNITY,
+) -> None:
+    """Add the six scores and the action to every row of a CSV, here and now, without a queue.
+
+    All columns and rows stay as they are. A row whose text is empty gets neither scores nor action.
+
+    Example: moderato score comments.csv scored.csv --text-column comment_text
+    """
+    import pandas as pd
+
+    from config.settings import settings
+    from model.engine import load_scorer
+    from model.policy import read_policy
+
+    rules = read_policy(policy or settings().policy_file)
+    scorer = load_scorer(
+        find_version(version),
+        device=settings().worker.device,
+        engine=settings().worker.engine,
+        threads=settings().worker.threads,
+    )
+    say(f"version {scorer.version}, {scorer.engine.description}")
+    rows = 0
+    try:
+        with (
+            source.open("rb") as read,
+            _written_whole(target) as written,
+            progress(f"scoring {source.name}", source.stat().st_size) as update,
+        ):
+            chunks = pd.read_csv(
+                read,
+                dtype=str,
+                keep_default_na=False,
+                encoding="utf-8-sig",
+                chunksize=ROWS_PER_CHUNK,
+                compression="gzip" if source.suffix == ".gz" else None,
+            )
+            for frame in chunks:
+                _check_columns(frame, source, text_column)
+                _add_scores(frame, text_column, scorer, rules, community).to_csv(
+                    written, header=rows == 0, index=False, float_format="%.6f"
+                )
+                rows += len(frame)
+                update(read.tell(), note=f"{rows:,} rows")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
+    say(f"{rows:,} rows in {target}")
+
+
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="CSV", exists=True, dir_okay=False)],
+    version: Version = STARTER_VERSION,
+    engine: Annotated[Literal["auto", "onnx", "torch"], typer.Option(help="onnx is int8 on the CPU.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure a version on labelled comments: a CSV with comment_text and label columns of 0, 1 or blank (unknown).
+
+    Example: moderato evaluate samples/holdout.csv --engine torch
+    """
+    import numpy as np
+
+    from config.settings import settings
+    from model.engine import load_scorer
+    from trainer.dataset import read_csv
+    from trainer.evaluation import measure
+
+    rows = read_csv(source)
+    scorer = load_scorer(find_version(version), engine=engine, threads=settings().worker.threads)
+    say(f"version {scorer.version}, {scorer.engine.description}")
+    with progress(f"scoring {source.name}", len(rows)) as update:
+        parts = []
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            parts.append(scorer.score_texts(rows.texts[start : start + ROWS_PER_CHUNK]))
+            update(min(start + ROWS_PER_CHUNK, len(rows)))
+    evaluation = measure(np.concatenate(parts), rows).as_dict() if parts else None
+    if evaluation is None:
+        raise Problem(f"{source} has no rows")
+    if as_json:
+        print_json({"version": scorer.version, "engine": scorer.engine.description, **evaluation})
+    else:
+        show_evaluation(evaluation)
+
+
+def show_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """A version's figures as a table; `evaluation` as `trainer.evaluation.Evaluation.as_dict` gives it."""
+    table = Table("label", "positives", "negatives", "ROC-AUC", "average precision")
+    for label, metrics in evaluation["labels"].items():
+        figures = (metrics["roc_auc"], metrics["average_precision"])
+        shown = ["" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(label, f"{metrics['positives']:,}", f"{metrics['negatives']:,}", *shown)
+    mean = evaluation["mean_roc_auc"]
+    table.add_section()
+    table.add_row("mean", "", "", "" if mean is None else f"{mean:.4f}", "")
+    out.print(table)
+
+
+def find_version(name: str) -> Path:
+    """The directory of a version given by name, or by its path.
+
+    Raises:
+        VersionError: there is none.
+    """
+    from config.settings import settings
+    from model.version import MANIFEST_FILE, version_directory
+
+    directory = Path(name)
+    return directory if (directory / MANIFEST_FILE).is_file() else version_directory(name, settings().versions_dir)
+
+
+def _check_columns(frame: "pd.DataFrame", source: Path, text_column: str) -> None:
+    if text_column not in frame:
+        columns = ", ".join(map(str, frame.columns))
+        raise Problem(f"{source} has no column {text_column!r}; it has {columns}. Name it with --text-column")
+    if taken := [column for column in ADDED_COLUMNS if column in frame]:
+        raise Problem(f"{source} has a column {taken[0]!r} already, which would be overwritten; rename it first")
+
+
+def _add_scores(
+    frame: "pd.DataFrame", text_column: str, scorer: "Scorer", policy: "Policy", community: str
+) -> "pd.DataFrame":
+    with_text = frame[text_column].str.strip() != ""
+    scores = scorer.score_texts(frame.loc[with_text, text_column].tolist())
+    for column, label in enumerate(LABELS):
+        frame.loc[with_text, label] = scores[:, column]
+    frame.loc[with_text, "action"] = [policy.decide(community, row).action.value for row in scores.tolist()]
+    return frame
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[IO[str]]:
+    """A file that takes its name when it is complete, and is gone where that never comes."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

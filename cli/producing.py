@@ -1,0 +1,233 @@
+"""Commands of producers and moderators: submit comments, read what was decided, correct it."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cli.terminal import Problem, out, print_json, progress, say, shorten, shown, user
+from config.names import LABELS, MAX_TEXT_BYTES, Action
+
+if TYPE_CHECKING:
+    from db.queries import Result
+
+Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+Order = Literal["newest", "oldest", Label]
+
+ACTION_STYLES = {"allow": "green", "label": "cyan", "review": "yellow", "hide": "magenta", "remove": "red"}
+
+
+def submit(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Comments, each in quotes.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A .csv, or a .jsonl of comments; - reads JSON lines from standard input."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the CSV that holds the texts.")] = "comment_text",
+    id_column: Annotated[str, typer.Option(help="Column of the CSV with your ids, where it has one.")] = "id",
+    community: Annotated[str | None, typer.Option(help="Selects the policy that decides.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the decisions and show them.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 600,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+) -> None:
+    """Submit comments to be moderated; prints each submission's id, or with --wait its decision.
+
+    Example: moderato submit "You are right, thank you." "You are an idiot." --wait
+
+    Example: moderato submit --file samples/comments.csv --community news
+    """
+    if bool(texts) == bool(file):
+        raise Problem("give either texts or --file: moderato submit 'You are right.' or moderato submit --file c.csv")
+    comments = ({"text": text} for text in texts) if texts else _read(str(file), text_column, id_column)
+    if community is not None:
+        comments = ({"community": community, **comment} for comment in comments)
+
+    from api_client.client import ModerationClient
+
+    ids: list[str] = []
+    sent = 0
+    with ModerationClient() as client:
+        with progress("submitting") as update:
+
+            def on_sent(new: list[str]) -> None:
+                nonlocal sent
+                sent += len(new)
+                update(sent)
+                if wait:
+                    ids.extend(new)
+                elif as_json:
+                    for submission_id in new:
+                        print_json({"submission_id": submission_id})
+                else:
+                    print("\n".join(new))
+
+            client.submit_many(comments, on_sent=on_sent)
+        if not wait:
+            return
+        with progress("deciding", len(ids)) as update:
+            outcomes = client.wait(ids, timeout_s=timeout_s, on_progress=update)
+        decided = [row for i in ids if outcomes[i] == "decided" and (row := client.result(i)) is not None]
+        _show(decided, as_json=as_json, with_text=bool(texts))
+        if dead := sum(outcome == "dead" for outcome in outcomes.values()):
+            say(f"{dead} could not be decided: `moderato dead-letters` says why")
+
+
+def results(
+    community: Annotated[str | None, typer.Option()] = None,
+    comment_id: Annotated[str | None, typer.Option(help="Your own id of the comment.")] = None,
+    author: Annotated[str | None, typer.Option()] = None,
+    action: Annotated[Action | None, typer.Option(help="What holds now, after reviews.")] = None,
+    label: Annotated[
+        Label | None, typer.Option(help="The label that fired, or with --min-score must reach it.")
+    ] = None,
+    min_score: Annotated[float | None, typer.Option(min=0, max=1, help="Least score, of --label or of any.")] = None,
+    version: Annotated[str | None, typer.Option(help="Model version that decided.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Decided then or later, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Decided before then, UTC.")] = None,
+    order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = "newest",
+    limit: Annotated[int, typer.Option(min=0, help="Most rows; 0 shows all.")] = 20,
+    text: Annotated[bool, typer.Option("--text", help="Show the comments too. They may be abusive.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with all six scores.")] = False,
+) -> None:
+    """Show decisions, newest first.
+
+    Example: moderato results --action hide --limit 50
+
+    Example: moderato results --label threat --min-score 0.5 --json
+    """
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        rows = client.results(
+            community=community,
+            comment_id=comment_id,
+            author=author,
+            action=action,
+            label=label,
+            min_score=min_score,
+            model_version=version,
+            since=None if since is None else since.replace(tzinfo=since.tzinfo or UTC),
+            until=None if until is None else until.replace(tzinfo=until.tzinfo or UTC),
+            order=order,
+            limit=limit or None,
+        )
+        _show(rows, as_json=as_json, with_text=text)
+
+
+def review(
+    submission_id: Annotated[str, typer.Argument(help="As `moderato results` shows it.")],
+    action: Annotated[Action, typer.Option(help="What should be done with the comment.")],
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=0|1", help="What you say of a label; may be repeated.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="Why.")] = None,
+    reviewer: Annotated[str | None, typer.Option(help="Who says so; by default you.")] = None,
+) -> None:
+    """Confirm or overturn a decision. It holds at once, and the next retrain learns from it.
+
+    Example: moderato review 5f0c…:0 --action hide --label toxic=1 --label threat=0 --note "a personal attack"
+    """
+    labels = dict(_label(said) for said in label or [])
+
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        client.review(submission_id, action=action, labels=labels, reviewer=reviewer or user(), note=note)
+    say(f"{submission_id}: {action}")
+
+
+def dead_letters(
+    limit: Annotated[int, typer.Option(min=1, help="Most rows.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+) -> None:
+    """List what could not be decided, newest first, and why.
+
+    Example: moderato dead-letters --limit 5
+    """
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        letters = client.dead_letters(limit=limit)
+    if as_json:
+        for letter in letters:
+            # The payload may hold a comment; whoever needs it asks the database.
+            print_json({name: getattr(letter, name) for name in letter.__slots__ if name != "payload"})
+        return
+    table = Table("received", "id", "reason", "detail")
+    for letter in letters:
+        table.add_row(shown(letter.received_at), *map(Text, (letter.dead_letter_id, letter.reason, letter.detail)))
+    out.print(table)
+
+
+def _label(said: str) -> tuple[str, int]:
+    label, _, value = said.partition("=")
+    if label not in LABELS or value not in ("0", "1"):
+        raise Problem(f"--label {said} must be LABEL=0 or LABEL=1; the labels are {', '.join(LABELS)}")
+    return label, int(value)
+
+
+def _show(rows: "Iterable[Result]", *, as_json: bool, with_text: bool) -> None:
+    if as_json:
+        for row in rows:
+            values = {name: getattr(row, name) for name in row.__slots__}
+            print_json(values if with_text else {name: value for name, value in values.items() if name != "text"})
+        return
+    table = Table("decided", "submission", "action", "because of", "decided by", *(["comment"] if with_text else []))
+    for row in rows:
+        reason = "" if row.fired_label is None else f"{row.fired_label} {getattr(row, row.fired_label):.2f}"
+        table.add_row(
+            shown(row.decided_at),
+            Text(row.submission_id),
+            Text(row.action, ACTION_STYLES[row.action]),
+            reason,
+            Text(row.reviewer or row.model_version),
+            *([Text(shorten(row.text))] if with_text else []),
+        )
+    out.print(table)
+
+
+def _read(file: str, text_column: str, id_column: str) -> Iterator[dict[str, Any]]:
+    if file == "-":
+        yield from _json_lines(sys.stdin, "standard input")
+        return
+    path = Path(file)
+    read = {".csv": _csv_rows, ".jsonl": _json_lines}.get(path.suffix)
+    if read is None:
+        raise Problem(f"{file} must end in .csv or .jsonl, or be - for JSON lines from standard input")
+    try:
+        # utf-8-sig also reads a file without the mark that spreadsheets write.
+        with path.open(encoding="utf-8-sig", newline="") as opened:
+            if read is _csv_rows:
+                yield from _csv_rows(opened, file, text_column, id_column)
+            else:
+                yield from _json_lines(opened, file)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Problem(f"{file} cannot be read: {error}") from None
+
+
+def _csv_rows(lines: Any, name: str, text_column: str, id_column: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(16 * MAX_TEXT_BYTES)
+    reader = csv.DictReader(lines)
+    if text_column not in (reader.fieldnames or []):
+        columns = ", ".join(reader.fieldnames or ["none"])
+        raise Problem(f"{name} has no column {text_column!r}; it has {columns}. Name it with --text-column")
+    for row in reader:
+        yield {"text": row[text_column], "id": row.get(id_column) or None}
+
+
+def _json_lines(lines: Any, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            comment = json.loads(line)
+        except ValueError:
+            raise Problem(f"{name}, line {number} is not JSON") from None
+        yield {"text": comment} if isinstance(comment, str) else comment

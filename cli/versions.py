@@ -1,0 +1,93 @@
+"""Commands on model versions: which there are, which one decides, and changing it while comments stream."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cli.terminal import out, print_json, say, shown, user
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """List the model versions, the active one, and which of them each worker runs.
+
+    Example: moderato models
+    """
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        versions, activations = client.versions(), client.activations(limit=5)
+        loads = client.loads(activations[0].activation_id) if activations else []
+    active = activations[0].version if activations else None
+    if as_json:
+        listed = [
+            {
+                "version": row.version,
+                "parent": row.parent,
+                "registered_at": row.registered_at,
+                "active": row.version == active,
+                "metrics": row.manifest.get("metrics", {}),
+            }
+            for row in versions
+        ]
+        print_json({"versions": listed, "activations": activations, "loads": loads})
+        return
+    table = Table("", "version", "parent", "registered", "mean ROC-AUC", "held-out rows")
+    for row in versions:
+        measured = row.manifest.get("metrics", {}).get("holdout_int8", {})
+        mean = measured.get("mean_roc_auc")
+        table.add_row(
+            "active" if row.version == active else "",
+            row.version,
+            row.parent or "",
+            shown(row.registered_at),
+            "" if mean is None else f"{mean:.4f}",
+            f"{measured.get('rows', '')}",
+        )
+    out.print(table)
+    for activation in activations:
+        line = f"{shown(activation.activated_at)}  {activation.version} activated by {activation.activated_by}: "
+        out.print(Text(line + activation.reason))
+    for load in loads:
+        what = (
+            f"runs {load.version}" if load.error is None else f"refused it, goes on with {load.version}: {load.error}"
+        )
+        out.print(Text(f"{shown(load.loaded_at)}  {load.worker} {what}"))
+
+
+def activate(
+    version: Annotated[str, typer.Argument(help="As `moderato models` lists it, or in the versions directory.")],
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "by hand",
+    force: Annotated[bool, typer.Option("--force", help="Also where the gate refused it.")] = False,
+) -> None:
+    """Make a version the active one. Workers load it beside the old one and swap between two batches.
+
+    Example: moderato activate v20261122-160501-1f2e3d4c --reason "reviewed by the team"
+    """
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        if version not in {row.version for row in client.versions()}:
+            from config.settings import settings
+            from model.version import verify, version_directory
+
+            # Trained by `moderato train`, or copied here: on disk, but not known to the database yet.
+            directory = version_directory(version, settings().versions_dir)
+            client.register(verify(directory, expected_version=version).model_dump())
+        client.activate(version, by=user(), reason=reason, force=force)
+    say(f"{version} is the active version; `moderato models` shows which worker runs it")
+
+
+def rollback(reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None) -> None:
+    """Go back to the version that was active before.
+
+    Example: moderato rollback --reason "hides too much"
+    """
+    from api_client.client import ModerationClient
+
+    with ModerationClient() as client:
+        client.rollback(by=user(), reason=reason)
+        active = client.active()
+    assert active is not None  # it was just activated
+    say(f"{active.version} is the active version again")
