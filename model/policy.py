@@ -84,7 +84,7 @@ def parse_policy(text: str) -> Policy:
     """
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         raise PolicyError(f"not YAML: {error}") from None
     communities = _mapping(document, "the file", ("communities",)).get("communities")
     if not isinstance(communities, dict) or DEFAULT_COMMUNITY not in communities:

@@ -7,6 +7,7 @@ A directory of `manifest.json`, `model.safetensors`, `encoder.json`, `tokenizer.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ WEIGHTS_FILE = "model.safetensors"
 ENCODER_FILE = "encoder.json"
 ONNX_FILE = "model.int8.onnx"
 REQUIRED_FILES = (WEIGHTS_FILE, ENCODER_FILE, TOKENIZER_FILE)
+
+VERSION_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 STARTER_DIRECTORY = ROOT / "model" / "starter"
 
@@ -49,7 +52,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1]
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    version: str = Field(pattern=f"^{VERSION_NAME}$")
     parent: str | None
     created_at: str
     labels: list[str]
@@ -71,7 +74,7 @@ def version_directory(version: str, versions_dir: Path) -> Path:
     """
     directory = versions_dir / version
     # A name comes from the database; it must not lead out of the versions directory.
-    if directory.parent == versions_dir and directory.name == version and directory.is_dir():
+    if re.fullmatch(VERSION_NAME, version) and directory.is_dir():
         return directory
     if version == STARTER_VERSION and STARTER_DIRECTORY.is_dir():
         return STARTER_DIRECTORY

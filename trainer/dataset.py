@@ -4,6 +4,8 @@ A label that is blank is unknown, never zero; it is NaN here and masked in the l
 """
 
 import hashlib
+import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +63,11 @@ def read_csv(path: Path) -> Dataset:
         DatasetError: the file cannot be read, a column is missing, or a value is not allowed.
     """
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # Where rows have more fields than the header, pandas would take the first for row names, or drop the last.
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
+    except (OSError, ValueError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
         raise DatasetError(f"{path} cannot be read as CSV: {error}") from None
     if TEXT_COLUMN not in frame:
         raise DatasetError(f"{path} has no column {TEXT_COLUMN!r}; it has {', '.join(map(repr, frame.columns))}")
@@ -108,7 +113,9 @@ def training_set(
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    return Dataset([text for part in parts for text in part.texts], np.concatenate([part.labels for part in parts]))
+    none = np.empty((0, len(LABELS)), dtype=np.float32)  # there may be no training files, only corrections
+    labels = np.concatenate([none, *(part.labels for part in parts)])
+    return Dataset([text for part in parts for text in part.texts], labels)
 
 
 def _key(text: str) -> str:
