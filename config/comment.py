@@ -8,6 +8,9 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from config.names import DEFAULT_COMMUNITY, MAX_CONTEXT_BYTES, MAX_ID_CHARS, MAX_TEXT_BYTES
 
+MAX_CONTEXT_NESTING = 32
+"""Levels of lists and objects. Deeper ones can be read, but not surely be written again."""
+
 
 def _storable(value: str) -> str:
     if "\x00" in value:
@@ -32,6 +35,8 @@ def _number_as_text(value: object) -> object:
 
 def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is not None:
+        if is_nested_deeper_than(MAX_CONTEXT_NESTING, value):
+            raise ValueError(f"is nested more than {MAX_CONTEXT_NESTING} levels deep")
         encoded = _storable(json.dumps(value, ensure_ascii=False, allow_nan=False).replace(r"\u0000", "\x00")).encode()
         if len(encoded) > MAX_CONTEXT_BYTES:
             raise ValueError(f"has {len(encoded):,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
@@ -44,9 +49,23 @@ def _plausible(value: datetime) -> datetime:
     return value
 
 
-StorableText = Annotated[str, AfterValidator(_storable)]
-Name = Annotated[StorableText, BeforeValidator(_number_as_text), Field(min_length=1, max_length=MAX_ID_CHARS)]
+# Lengths stand next to str: behind a function pydantic would speak of items rather than characters.
+Name = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_ID_CHARS),
+    AfterValidator(_storable),
+    BeforeValidator(_number_as_text),
+]
 Time = Annotated[AwareDatetime, AfterValidator(_plausible), Field(strict=False)]
+
+
+def is_nested_deeper_than(levels: int, value: object) -> bool:
+    """Whether lists and objects in a JSON value stand in each other more often than this; itself not recursive."""
+    level = [value]
+    for _ in range(levels):
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
+    return any(isinstance(node, dict | list) for node in level)
 
 
 class Comment(BaseModel):
@@ -54,11 +73,11 @@ class Comment(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    text: Annotated[StorableText, AfterValidator(_text)]
+    text: Annotated[str, AfterValidator(_storable), AfterValidator(_text)]
     id: Name | None = None
     community: Name = DEFAULT_COMMUNITY
     author: Name | None = None
-    language: Annotated[StorableText, Field(max_length=35)] | None = None
+    language: Annotated[str, Field(max_length=35), AfterValidator(_storable)] | None = None
     created_at: Time | None = None
     expires_at: Time | None = None
     context: Annotated[dict[str, Any] | None, AfterValidator(_context)] = None

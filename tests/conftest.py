@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from redis import Redis
 from sqlalchemy import URL, Engine
 
@@ -12,6 +13,10 @@ from api_client.embedded import EmbeddedRedis
 from db.migrate import upgrade
 from db.session import open_database
 from tests.services import new_database, postgres_server
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("moderato", deadline=None)
+settings.load_profile("moderato")
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +89,11 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = open_database(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small real version, "tiny-1". Shared: a test that changes it takes a copy."""
+    from tests.tiny import write_tiny_version  # here: it loads torch, which most tests do without
+
+    return write_tiny_version(tmp_path_factory.mktemp("versions"), "tiny-1").directory

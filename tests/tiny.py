@@ -3,6 +3,7 @@
 Its scores mean little, but everything about it is real: tokenizer, weights, int8 form, manifest and hashes.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from config.settings import ROOT, TrainerSettings, load_settings
+from model.version import MANIFEST_FILE
 from trainer.dataset import read_csv
 from trainer.recipe import WrittenVersion, from_encoder, train_version
 
@@ -63,3 +65,13 @@ def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **ov
         )
     finally:
         shutil.rmtree(work_dir)
+
+
+def copy_version(directory: Path, versions_dir: Path, version: str) -> Path:
+    """The same files as another version under `versions_dir`; its directory."""
+    copy = versions_dir / version
+    shutil.copytree(directory, copy)
+    manifest = copy / MANIFEST_FILE
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps(facts | {"version": version}), encoding="utf-8")
+    return copy

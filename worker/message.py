@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from config.comment import Comment, explain, shown
+from config.comment import Comment, explain, is_nested_deeper_than, shown
 from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_ID_CHARS, MODERATE_TASK, Reason
 from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
 MAX_NESTING = 64
-"""Levels of lists and objects in a body. What is nested deeper can be read, but serialised again only by luck."""
+"""Levels of lists and objects in a body, more than a comment needs. Deeper ones can be read, but not surely shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +128,9 @@ def _decode(body: bytes) -> object:
         # The error's own text may quote the comment.
         where = f" at character {error.pos:,}" if isinstance(error, json.JSONDecodeError) else ""
         raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"the body is not JSON in UTF-8{where}") from None
-    if _is_deeper_than(MAX_NESTING, decoded):
+    if is_nested_deeper_than(MAX_NESTING, decoded):
         raise too_deep
     return decoded
-
-
-def _is_deeper_than(levels: int, value: object) -> bool:
-    level = [value]
-    for _ in range(levels):
-        containers = [node for node in level if isinstance(node, dict | list)]
-        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
-    return any(isinstance(node, dict | list) for node in level)
 
 
 def _refuse_constant(name: str) -> NoReturn:
