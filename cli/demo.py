@@ -30,7 +30,7 @@ DECIDE_TIMEOUT_S = 600
 CORRECTIONS = 8
 RETRAIN = {"max_rows": 300, "max_holdout_rows": 300, "epochs": 1}
 """Small enough for a minute on two cores."""
-LATE_PHASES = ("exporting", "evaluating", "judging")
+LAST_PHASE = "judging"
 """Of a retrain: the new version is near, so the stream begins."""
 STREAM_AT_LEAST = 600
 STREAM_LIST = 10
@@ -155,7 +155,7 @@ def _retrain_and_swap(client: ModerationClient, samples: Sequence[Sample], commu
     with _streaming(client, samples, community) as stream:
 
         def on_look(run: RunRow) -> None:
-            if run.phase in LATE_PHASES:
+            if run.phase == LAST_PHASE:
                 stream.begin()
 
         run = follow_run(client, run_id, on_look)

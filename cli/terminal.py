@@ -100,6 +100,7 @@ def _plain_progress(description: str, of: float | None) -> Update:
         of = total if total is not None else of
         if time.monotonic() - said_at >= PLAIN_PROGRESS_S:
             said_at = time.monotonic()
-            say(f"{description}: {done:,.0f}{'' if of is None else f' of {of:,.0f}'} {note}".rstrip())
+            count = f"{done:,.0f}{'' if of is None else f' of {of:,.0f}'}" if done or of else ""
+            say(" ".join(filter(None, (f"{description}:", count, note))))
 
     return update

@@ -1,0 +1,152 @@
+"""The command line without a broker or a database: what it teaches, loads, and says when something is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from cli.terminal import Problem, shorten
+from cli.training import parse_overrides
+from config.settings import ROOT
+
+COMMANDS = [
+    ["demo"],
+    ["up"],
+    ["status"],
+    ["submit"],
+    ["results"],
+    ["review"],
+    ["dead-letters"],
+    ["retrain"],
+    ["models"],
+    ["activate"],
+    ["rollback"],
+    ["score"],
+    ["evaluate"],
+    ["train"],
+    ["db", "upgrade"],
+    ["db", "downgrade"],
+]
+
+
+def complaint(*arguments: str) -> str:
+    """What a command that cannot be carried out says."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr.replace("\n", " ").strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_teaches_by_an_example(command: list[str]) -> None:
+    done = CliRunner().invoke(app, [*command, "--help"])
+    assert done.exit_code == 0
+    assert f"Example: moderato {' '.join(command)}" in done.output
+
+
+def test_the_help_lists_every_command() -> None:
+    done = CliRunner().invoke(app, ["--help"])
+    assert all(command[0] in done.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "submit", "status --json"])
+def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
+    # Given a fresh interpreter, and nothing that answers
+    script = (
+        "import sys\nfrom cli.main import app\n"
+        "try:\n    app(sys.argv[1:])\n"
+        "finally:\n    print(sorted({'torch', 'pandas', 'transformers', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments.split()],
+        cwd=ROOT,
+        env={"MODERATO_BROKER_URL": "redis://127.0.0.1:1/0", "MODERATO_DATABASE_URL": f"sqlite:///{tmp_path}/x.db"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Then it ran, and neither torch nor pandas was imported for it
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+class TestMistakes:
+    def test_neither_texts_nor_a_file(self) -> None:
+        assert complaint("submit").startswith("moderato: give either texts or --file")
+
+    def test_a_file_of_another_kind(self) -> None:
+        assert complaint("submit", "--file", "comments.txt").startswith(
+            "moderato: comments.txt must end in .csv or .jsonl"
+        )
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        said = complaint("submit", "--file", str(tmp_path / "absent.csv"))
+        assert said.startswith(f"moderato: {tmp_path / 'absent.csv'} cannot be read: ")
+
+    def test_a_csv_without_the_text_column_names_those_it_has(self, tmp_path: Path) -> None:
+        (tmp_path / "c.csv").write_text("id,body\n1,hello\n")
+        said = complaint("submit", "--file", str(tmp_path / "c.csv"))
+        assert said.endswith("c.csv has no column 'comment_text'; it has id, body. Name it with --text-column")
+
+    def test_a_line_that_is_not_json(self, tmp_path: Path) -> None:
+        (tmp_path / "c.jsonl").write_text('\n{"text": \n')
+        assert complaint("submit", "--file", str(tmp_path / "c.jsonl")).endswith("c.jsonl, line 2 is not JSON")
+
+    def test_a_comment_that_no_worker_would_take(self) -> None:
+        assert complaint("submit", " ") == (
+            "moderato: comment 0 (counted from 0): text is empty; a comment needs text to be scored"
+        )
+
+    def test_a_label_that_is_not_said_of(self) -> None:
+        said = complaint("review", "some:0", "--action", "hide", "--label", "toxic=yes")
+        assert said.startswith("moderato: --label toxic=yes must be LABEL=0 or LABEL=1; the labels are toxic, ")
+
+    def test_an_unknown_setting_of_a_training(self) -> None:
+        said = complaint("train", "--name", "x", "--set", "epoch=1")
+        assert said.startswith("moderato: unknown setting trainer.epoch in the request; did you mean epochs?")
+
+    def test_two_starts_of_a_training(self) -> None:
+        said = complaint("train", "--name", "x", "--from", "starter-1", "--encoder", "distilbert-base-uncased")
+        assert said == "moderato: --encoder and --from exclude each other: a training has one start"
+
+    def test_a_wrong_setting_stops_every_command(self) -> None:
+        # Given an environment with a misspelt setting, and a fresh interpreter that reads it
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "status"],
+            cwd=ROOT,
+            env={"MODERATO_BROKER": "redis://localhost"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("moderato: unknown setting broker in the environment; did you mean broker_url?")
+
+
+class TestOverrides:
+    def test_values_are_read_as_yaml(self) -> None:
+        assert parse_overrides(["epochs=0.5", "train_files=[a.csv, b.csv]"]) == {
+            "epochs": 0.5,
+            "train_files": ["a.csv", "b.csv"],
+        }
+
+    @pytest.mark.parametrize("override", ["epochs", "train_files=[a.csv"])
+    def test_anything_else_is_a_problem(self, override: str) -> None:
+        with pytest.raises(Problem, match=f"--set {override.replace('[', '.')}"):
+            parse_overrides([override])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (None, ""),
+        ("two\n lines", "two lines"),
+        ("x" * 20, "xxxxxxxxx…"),
+        ("red \x1b[31m", "red [31m"),
+    ],
+)
+def test_a_comment_is_shown_on_one_line_and_cannot_steer_the_terminal(text: str | None, shown: str) -> None:
+    assert shorten(text, 10) == shown
