@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from cli.terminal import Problem, err
 from config.settings import ROOT, Settings
@@ -62,40 +63,71 @@ def embedded_system(settings: Settings) -> Iterator[None]:
     from db.migrate import upgrade
 
     services: list[Service] = []
-    stopping = False
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            # Raising here would leave the stop half done.
-            for service in services:
-                service.send(signal.SIGKILL)
-            return
-        stopping = True
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
-
     redis = EmbeddedRedis() if settings.broker_url == EmbeddedRedis().url else None
-    previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
-    try:
+    with _Signals(on_repeated=lambda: _kill(services)) as signals:
         try:
             if redis is not None:
-                redis.start()
+                with signals.deferred():
+                    redis.start()
             upgrade(settings.database_url)
             for name, module, queue in (("worker", "worker", "toxicity"), ("trainer", "trainer", "retrain")):
-                services.append(_start(name, module, queue))
+                with signals.deferred():
+                    services.append(_start(name, module, queue))
             _wait_until_ready(services)
             yield
         finally:
-            # A signal from here on is the second one. One that came just before is what the outer finally is for.
-            stopping = True
-    finally:
-        _stop(services)
-        if redis is not None:
-            redis.stop()
-        for number, handler in previous.items():
+            try:
+                # A signal from here on is a repeated one; one that comes before it still finds the stop below.
+                signals.stopping = True
+            finally:
+                _stop(services)
+                if redis is not None:
+                    redis.stop()
+
+
+class _Signals:
+    """Turns the first of SIGNALS into an exception; calls `on_repeated` for every other while the stop is under way."""
+
+    def __init__(self, on_repeated: Callable[[], None]) -> None:
+        self.stopping = False
+        self._on_repeated = on_repeated
+        self._deferring = False
+        self._received: int | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold an exception back until the body is done: raised while a process starts it would leave it behind."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        self._raise()
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.stopping:
+            # Raising here would leave the stop half done.
+            self._on_repeated()
+            return
+        self._received = number
+        if not self._deferring:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._received is None:
+            return
+        self.stopping = True
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._received)
 
 
 def _start(name: str, module: str, queue: str) -> Service:
@@ -155,6 +187,11 @@ def wait_while_running() -> None:
     """Sleep until a signal ends the system."""
     while True:
         signal.pause()
+
+
+def _kill(services: list[Service]) -> None:
+    for service in services:
+        service.send(signal.SIGKILL)
 
 
 def _stop(services: list[Service]) -> None:

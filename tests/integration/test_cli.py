@@ -1,0 +1,351 @@
+"""The command line as people run it: on a real Redis and SQLite, with a real version, in processes of its own."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_client.client import ModerationClient
+from config.names import LABELS
+from config.settings import ROOT
+from db import queries
+from db.session import open_database, writing
+from model.engine import load_scorer
+from tests.integration.rows import letter, minutes, prepare, scored
+from tests.services import wait_until
+from tests.tiny import write_tiny_version
+
+VERSION = "tiny-1"
+
+
+class Moderato:
+    """`moderato` with settings of its own."""
+
+    def __init__(self, **variables: str) -> None:
+        self.environment = os.environ | variables
+
+    def __call__(self, *arguments: str, status: int = 0, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end, which must be `status`."""
+        command = [sys.executable, "-m", "cli.main", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, input=stdin, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start a command that goes on until it is stopped."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def versions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("versions")
+    write_tiny_version(directory, VERSION)
+    return directory
+
+
+@pytest.fixture
+def moderato(redis_url: str, sqlite_url: str, versions_dir: Path) -> Moderato:
+    """With an empty Redis, a database with tables, and one version on disk that the database does not know."""
+    return Moderato(
+        MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=sqlite_url, MODERATO_VERSIONS_DIR=str(versions_dir)
+    )
+
+
+@pytest.fixture
+def client(redis_url: str, sqlite_url: str) -> Iterator[ModerationClient]:
+    with ModerationClient(redis_url, sqlite_url) as client:
+        yield client
+
+
+def decide(database_url: str, *rows: queries.ScoredSubmission) -> None:
+    """What a worker would write."""
+    engine = open_database(database_url)
+    with writing(engine) as connection:
+        prepare(connection, "v1", "v2")
+        queries.record_decisions(connection, rows)
+        queries.record_dead_letters(connection, [letter("gone")])
+    engine.dispose()
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class TestSubmitting:
+    def test_texts(self, moderato: Moderato, client: ModerationClient) -> None:
+        # When two texts are submitted
+        done = moderato("submit", "one", "two")
+        # Then their ids are on stdout, and one message waits
+        first, second = done.stdout.split()
+        assert (first[-2:], second[-2:]) == (":0", ":1")
+        assert client.status().queued_messages == 1
+
+    def test_a_csv(self, moderato: Moderato, client: ModerationClient, tmp_path: Path) -> None:
+        # Given a CSV as spreadsheets write it, of more comments than one message holds
+        rows = "".join(f'{n},"comment, {n}"\n' for n in range(100))
+        (tmp_path / "c.csv").write_text(f"﻿key,body\n{rows}")
+        done = moderato(
+            "submit", "--file", str(tmp_path / "c.csv"), "--text-column", "body", "--id-column", "key", "--json"
+        )
+        assert len(json_lines(done.stdout)) == 100
+        assert client.status().queued_messages == 2
+
+    def test_json_lines_from_standard_input(self, moderato: Moderato) -> None:
+        lines = '{"text": "one", "idempotency_key": "my-1"}\n\n"two"\n'
+        done = moderato("submit", "--file", "-", stdin=lines)
+        assert done.stdout.split()[0] == "my-1"
+        assert len(done.stdout.split()) == 2
+
+
+class TestReading:
+    def test_results_show_no_comment_unless_asked(self, moderato: Moderato, sqlite_url: str) -> None:
+        decide(sqlite_url, scored("a", text="mind your words", action="hide", fired_label="toxic", toxic=0.95))
+        table = moderato("results").stdout
+        assert "hide" in table and "toxic 0.95" in table
+        assert "mind your words" not in table
+        assert "mind your words" in moderato("results", "--text").stdout
+
+    def test_results_as_json_lines_with_filters(self, moderato: Moderato, sqlite_url: str) -> None:
+        decide(sqlite_url, scored("a", action="hide"), scored("b", decided_at=minutes(1)))
+        [row] = json_lines(moderato("results", "--action", "hide", "--json").stdout)
+        assert (row["submission_id"], row["decided_at"]) == ("a", "2026-11-22T12:00:00+00:00")
+        assert "text" not in row
+        rows = json_lines(moderato("results", "--since", "2026-11-22T12:00:30", "--json", "--text").stdout)
+        assert [(row["submission_id"], row["text"]) for row in rows] == [("b", "the text of b")]
+
+    def test_a_review_holds(self, moderato: Moderato, sqlite_url: str, client: ModerationClient) -> None:
+        decide(sqlite_url, scored("a", action="hide"))
+        moderato("review", "a", "--action", "allow", "--label", "toxic=0", "--reviewer", "ada", "--note", "irony")
+        row = client.result("a")
+        assert row is not None
+        assert (row.action, row.reviewer, row.note) == ("allow", "ada", "irony")
+
+    def test_a_review_of_nothing_is_one_line(self, moderato: Moderato) -> None:
+        done = moderato("review", "nobody", "--action", "allow", status=1)
+        assert done.stderr == "moderato: submission 'nobody' has no decision to review\n"
+
+    def test_dead_letters_show_the_reason_and_never_the_payload(self, moderato: Moderato, sqlite_url: str) -> None:
+        decide(sqlite_url)
+        assert "text is empty" in moderato("dead-letters").stdout
+        [row] = json_lines(moderato("dead-letters", "--json").stdout)
+        assert row["dead_letter_id"] == "gone"
+        assert "payload" not in row
+
+    def test_status_as_json(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
+        [state] = json_lines(moderato("status", "--json").stdout)
+        assert state["broker_url"] == redis_url
+        assert state["database_url"] == sqlite_url
+        assert (state["workers"], state["queued_messages"], state["active"]) == ([], 0, None)
+
+    def test_status_without_a_broker_says_so_and_tells_the_rest(self, sqlite_url: str) -> None:
+        moderato = Moderato(MODERATO_BROKER_URL="redis://:secret@127.0.0.1:1/0", MODERATO_DATABASE_URL=sqlite_url)
+        done = moderato("status", status=1)
+        assert "decisions" in done.stdout
+        assert "moderato: the broker redis://:***@127.0.0.1:1/0 cannot be used" in done.stderr
+
+
+class TestVersions:
+    def test_a_version_on_disk_is_registered_when_it_is_activated(self, moderato: Moderato) -> None:
+        # Given a version that was copied into the versions directory
+        moderato("activate", VERSION, "--reason", "first")
+        # Then it is listed with its figures, and who activated it
+        [listed] = json_lines(moderato("models", "--json").stdout)
+        assert [(row["version"], row["active"]) for row in listed["versions"]] == [(VERSION, True)]
+        assert listed["versions"][0]["metrics"]["holdout_int8"]["rows"] == 120
+        assert listed["activations"][0]["reason"] == "first"
+        assert VERSION in moderato("models").stdout
+
+    def test_a_version_that_is_nowhere(self, moderato: Moderato) -> None:
+        assert moderato("activate", "v9", status=1).stderr.startswith("moderato: version v9: there is no directory")
+
+    def test_back_and_no_further(self, moderato: Moderato, sqlite_url: str) -> None:
+        decide(sqlite_url)
+        moderato("activate", "v1")
+        assert moderato("rollback", status=1).stderr.startswith("moderato: no other version was active before")
+        moderato("activate", "v2")
+        assert moderato("rollback").stderr == "v1 is the active version again\n"
+
+
+class TestTraining:
+    def test_a_request_without_waiting(self, moderato: Moderato, client: ModerationClient) -> None:
+        [run] = json_lines(moderato("retrain", "--set", "epochs=1", "--set", "max_rows=300", "--json").stdout)
+        assert (run["state"], run["overrides"]) == ("requested", {"epochs": 1, "max_rows": 300})
+        assert client.training_run(run["run_id"]) is not None
+
+    def test_following_a_run_ends_with_its_verdict(self, moderato: Moderato, sqlite_url: str) -> None:
+        # Given somebody who follows a run
+        following = moderato.start("retrain", "--follow")
+        engine = open_database(sqlite_url)
+
+        def requested() -> list[queries.RunRow]:
+            with engine.connect() as connection:
+                return queries.runs(connection, 1)
+
+        [run] = wait_until(requested, what="the requested run")
+        # When it fails, as a trainer would write it
+        with writing(engine) as connection:
+            queries.finish_run(connection, run.run_id, state="failed", reason="no rows", now=minutes(1))
+        engine.dispose()
+        # Then the verdict is shown, and scripts can tell
+        _, said = following.communicate(timeout=60)
+        assert "the run failed and changed nothing: no rows" in said
+        assert following.returncode == 1
+
+
+class TestOffline:
+    def test_scoring_adds_seven_columns_and_keeps_all_else(
+        self, moderato: Moderato, versions_dir: Path, tmp_path: Path
+    ) -> None:
+        # Given a CSV with columns of its own, a text over two lines, an empty one, and more rows than one chunk
+        source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+        texts = ["You are right.", 'two\nlines, "quoted"', "", *(f"comment {n}" for n in range(600))]
+        with source.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("no", "body"), *((f"00{n}", text) for n, text in enumerate(texts))])
+        # When it is scored
+        moderato("score", str(source), str(target), "--text-column", "body", "--version", VERSION)
+        # Then every row is there with what it had
+        with target.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == ["no", "body", *LABELS, "action"]
+        assert [(row["no"], row["body"]) for row in rows] == [(f"00{n}", text) for n, text in enumerate(texts)]
+        # And has the scores that the version gives that text alone, but for the empty one
+        expected = load_scorer(versions_dir / VERSION).score_texts(texts[:1])[0].tolist()
+        assert [float(rows[0][label]) for label in LABELS] == pytest.approx(expected, abs=2e-5)
+        assert rows[0]["action"] != ""
+        assert [rows[2][column] for column in (*LABELS, "action")] == [""] * 7
+        # And nothing else was left behind
+        assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["in.csv", "out.csv"]
+
+    def test_scoring_overwrites_no_column(self, moderato: Moderato, tmp_path: Path) -> None:
+        source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+        source.write_text("comment_text,toxic\nhello,1\n")
+        done = moderato("score", str(source), str(target), "--version", VERSION, status=1)
+        assert "has a column 'toxic' already, which would be overwritten" in done.stderr
+        assert not target.exists()
+
+    def test_scoring_needs_the_text_column(self, moderato: Moderato, tmp_path: Path) -> None:
+        (tmp_path / "in.csv").write_text("body\nhello\n")
+        done = moderato("score", str(tmp_path / "in.csv"), str(tmp_path / "out.csv"), "--version", VERSION, status=1)
+        assert "has no column 'comment_text'; it has body. Name it with --text-column" in done.stderr
+
+    def test_measuring_a_version(self, moderato: Moderato) -> None:
+        done = moderato("evaluate", "samples/holdout.csv", "--version", VERSION, "--engine", "onnx", "--json")
+        [figures] = json_lines(done.stdout)
+        assert figures["version"] == VERSION
+        assert 0 < figures["labels"]["toxic"]["roc_auc"] < 1
+
+    def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
+        # When the version is fine-tuned a little further into a directory of its own
+        small = ["--set", "max_rows=32", "--set", "epochs=1", "--set", "calibration_texts=8"]
+        output = str(tmp_path / "tiny-2")
+        done = moderato("train", "--name", "tiny-2", "--from", VERSION, "--output", output, *small)
+        assert "average precision" in done.stdout
+        # Then it is a version that scores
+        scorer = load_scorer(tmp_path / "tiny-2")
+        assert (scorer.version, scorer.manifest.parent) == ("tiny-2", VERSION)
+
+
+class TestDatabase:
+    def test_up_and_down(self, redis_url: str, empty_sqlite_url: str) -> None:
+        moderato = Moderato(MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=empty_sqlite_url)
+        assert "run `moderato db upgrade`" in moderato("results", status=1).stderr
+        moderato("db", "upgrade")
+        moderato("results")
+        moderato("db", "downgrade", "base", "--yes")
+        assert "run `moderato db upgrade`" in moderato("results", status=1).stderr
+
+    def test_a_revision_that_does_not_exist(self, moderato: Moderato) -> None:
+        assert "was not changed" in moderato("db", "downgrade", "9999", "--yes", status=1).stderr
+
+
+class TestRunningEverything:
+    @pytest.fixture
+    def running(self, moderato: Moderato) -> Iterator["subprocess.Popen[str]"]:
+        """`moderato up`, with worker and trainer answering."""
+        moderato("activate", VERSION)
+        process = moderato.start("up")
+        yield process
+        process.kill()
+        process.communicate()
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_stops_all_of_it(
+        self,
+        running: "subprocess.Popen[str]",
+        moderato: Moderato,
+        client: ModerationClient,
+        number: signal.Signals,
+        status: int,
+    ) -> None:
+        # Given the running system, which decides a comment
+        wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
+        [row] = json_lines(moderato("submit", "hello", "--wait", "--json").stdout)
+        assert row["model_version"] == VERSION
+        started = children(running.pid)
+        assert len(started) >= 3  # worker, trainer, and the child of the trainer's pool
+        # When the command is told to stop
+        running.send_signal(number)
+        # Then it says so by its status, and leaves no process behind
+        running.communicate(timeout=60)
+        assert running.returncode == status
+        wait_until(lambda: not any(map(is_running, started)), timeout_s=30, what="the end of every process")
+
+    def test_an_impatient_user_leaves_nothing_behind_either(
+        self, running: "subprocess.Popen[str]", client: ModerationClient
+    ) -> None:
+        wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
+        started = children(running.pid)
+        # When Ctrl-C is pressed again and again
+        while running.poll() is None:
+            running.send_signal(signal.SIGINT)
+            try:
+                running.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        # Then it ends by that: the last one may come when everything is stopped and Python itself is ending
+        assert running.returncode in (130, -signal.SIGINT)
+        wait_until(lambda: not any(map(is_running, started)), timeout_s=30, what="the end of every process")
+
+    def test_a_worker_that_cannot_start_is_quoted(self, redis_url: str, sqlite_url: str, tmp_path: Path) -> None:
+        # Given an active version whose files are nowhere
+        decide(sqlite_url)
+        moderato = Moderato(
+            MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=sqlite_url, MODERATO_VERSIONS_DIR=str(tmp_path)
+        )
+        moderato("activate", "v1")
+        # Then the command says what the worker said, and ends
+        done = moderato("up", status=1)
+        assert "moderato: the worker ended with status" in done.stderr
+        assert "version v1: there is no directory" in done.stderr
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and not just waiting for its exit status to be read."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def children(pid: int) -> list[int]:
+    """Every process below this one."""
+    below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return below + [grandchild for child in below for grandchild in children(child)]
