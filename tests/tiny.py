@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
@@ -17,6 +18,9 @@ from trainer.recipe import WrittenVersion, from_encoder, train_version
 
 TRAIN = ROOT / "samples" / "train.csv"
 HOLDOUT = ROOT / "samples" / "holdout.csv"
+
+# With matrices this small, threads would do little but wait for each other.
+torch.set_num_threads(1)
 
 
 def tiny_settings(**overrides: object) -> TrainerSettings:

@@ -1,0 +1,182 @@
+"""Measuring a version, and whether it may replace the active one."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from config.names import LABELS
+from config.settings import TrainerSettings, load_settings
+from trainer.dataset import Dataset
+from trainer.evaluation import Evaluation, LabelMetrics, measure
+from trainer.gate import judge
+
+UNKNOWN = math.nan
+BARS = load_settings({}).trainer
+"""A label may fall by 0.02, the mean by 0.005, and five of each class must be there."""
+
+
+def holdout(labels: np.ndarray) -> Dataset:
+    return Dataset([f"text {n}" for n in range(len(labels))], labels.astype(np.float32))
+
+
+def evaluation(positives: int = 50, **roc_auc: float | None) -> Evaluation:
+    """These figures, 0.9 for every other label."""
+    metrics = {label: LabelMetrics(positives, 50, roc_auc.get(label, 0.9), 0.5) for label in LABELS}
+    return Evaluation(100, "the same rows", metrics)
+
+
+# --- Measuring ---
+
+
+def test_figures_are_those_of_the_known_rows() -> None:
+    # Given scores and labels of which a third is unknown
+    random = np.random.default_rng(3)
+    labels = random.integers(0, 2, (60, 6)).astype(np.float32)
+    labels[::3] = UNKNOWN
+    scores = (0.5 * random.random((60, 6)) + 0.3 * np.nan_to_num(labels)).astype(np.float32)
+    # When they are measured
+    measured = measure(scores, holdout(labels))
+    # Then each label has its figures over the rows where it is known
+    known = np.arange(60) % 3 != 0
+    for column, label in enumerate(LABELS):
+        truth, predicted = labels[known, column], scores[known, column]
+        assert measured.labels[label] == LabelMetrics(
+            int(truth.sum()),
+            40 - int(truth.sum()),
+            roc_auc_score(truth, predicted),
+            average_precision_score(truth, predicted),
+        )
+    assert measured.mean_roc_auc == pytest.approx(np.mean([m.roc_auc for m in measured.labels.values()]))
+    assert measured.rows == 60
+
+
+def test_figures_by_hand() -> None:
+    # Of the four pairs of a positive and a negative, three are in the right order
+    scores = np.zeros((4, 6), dtype=np.float32)
+    scores[:, 0] = [0.9, 0.4, 0.6, 0.1]
+    labels = np.zeros((4, 6))
+    labels[:2, 0] = 1
+    toxic = measure(scores, holdout(labels)).labels["toxic"]
+    assert (toxic.positives, toxic.negatives, toxic.roc_auc) == (2, 2, 0.75)
+    assert toxic.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+
+
+@pytest.mark.parametrize(("value", "positives", "negatives"), [(1, 7, 0), (0, 0, 7), (UNKNOWN, 0, 0)])
+def test_a_label_of_one_class_has_no_figure(value: float, positives: int, negatives: int) -> None:
+    measured = measure(np.full((7, 6), 0.5, dtype=np.float32), holdout(np.full((7, 6), value)))
+    assert measured.labels["threat"] == LabelMetrics(positives, negatives, None, None)
+    assert measured.mean_roc_auc is None
+    assert measured.as_dict()["mean_roc_auc"] is None
+
+
+def test_labels_without_a_figure_do_not_count_in_the_mean() -> None:
+    assert evaluation(threat=None, toxic=0.8).mean_roc_auc == pytest.approx((0.8 + 4 * 0.9) / 5)
+
+
+# --- The gate ---
+
+
+def test_a_better_version_is_promoted_and_the_reason_has_its_figures() -> None:
+    judgement = judge(evaluation(toxic=0.95), evaluation(toxic=0.91), BARS)
+    assert judgement.promoted
+    assert "toxic 0.9500 (active 0.9100)" in judgement.reason
+    assert "mean 0.9083 (active 0.9017)" in judgement.reason
+    assert "100 held-out rows" in judgement.reason
+
+
+def test_a_label_that_falls_too_far_refuses_whatever_the_others_gain() -> None:
+    judgement = judge(evaluation(threat=0.87, toxic=0.99), evaluation(), BARS)
+    assert not judgement.promoted
+    assert "threat fell by 0.0300, more than the 0.02 allowed" in judgement.reason
+    assert "the mean fell" not in judgement.reason
+
+
+def test_a_mean_that_falls_too_far_refuses_though_no_label_does() -> None:
+    judgement = judge(evaluation(**dict.fromkeys(LABELS, 0.89)), evaluation(), BARS)
+    assert not judgement.promoted
+    assert "the mean fell by 0.0100, more than the 0.005 allowed" in judgement.reason
+    assert "toxic fell" not in judgement.reason
+
+
+def test_every_failure_is_named() -> None:
+    reason = judge(evaluation(threat=0.5, insult=0.5), evaluation(), BARS).reason
+    assert all(words in reason for words in ("threat fell by 0.4000", "insult fell by 0.4000", "the mean fell by"))
+
+
+def test_a_fall_within_the_bars_is_promoted() -> None:
+    assert judge(evaluation(threat=0.885), evaluation(), BARS).promoted
+
+
+def test_a_label_with_too_few_rows_of_a_class_is_not_judged_by_itself() -> None:
+    # Given a threat that fell far, on four positives
+    few = LabelMetrics(4, 96, 0.80, 0.5)
+    active, candidate = evaluation(), evaluation()
+    active.labels["threat"], candidate.labels["threat"] = replace(few, roc_auc=0.83), few
+    # Then it is noise; with one more it is not
+    lenient = BARS.model_copy(update={"max_mean_auc_drop": 1.0})
+    judgement = judge(candidate, active, lenient)
+    assert judgement.promoted
+    assert "threat" not in judgement.reason
+    assert not judge(candidate, active, lenient.model_copy(update={"min_label_positives": 4})).promoted
+
+
+@pytest.mark.parametrize(
+    "nothing_to_compare",
+    [evaluation(positives=4), evaluation(**dict.fromkeys(LABELS))],
+    ids=["too few positives", "one class"],
+)
+def test_where_nothing_can_be_compared_nothing_is_promoted(nothing_to_compare: Evaluation) -> None:
+    judgement = judge(nothing_to_compare, nothing_to_compare, BARS)
+    assert not judgement.promoted
+    assert "none of the labels has 5 positives and negatives among the 100 held-out rows" in judgement.reason
+
+
+def test_versions_measured_on_different_rows_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="different rows"):
+        judge(evaluation(), replace(evaluation(), dataset_sha256="others"), BARS)
+
+
+AUC = st.none() | st.floats(0, 1)
+METRICS = st.builds(LabelMetrics, st.integers(0, 20), st.integers(0, 20), AUC, AUC)
+EVALUATIONS = st.builds(
+    Evaluation, st.integers(0, 100), st.just("rows"), st.fixed_dictionaries(dict.fromkeys(LABELS, METRICS))
+)
+ANY_BARS = st.builds(
+    lambda label, mean, positives: BARS.model_copy(
+        update={"max_label_auc_drop": label, "max_mean_auc_drop": mean, "min_label_positives": positives}
+    ),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 20),
+)
+
+
+def comparable(measured: Evaluation, bars: TrainerSettings) -> bool:
+    return any(
+        metrics.roc_auc is not None and min(metrics.positives, metrics.negatives) >= bars.min_label_positives
+        for metrics in measured.labels.values()
+    )
+
+
+@given(EVALUATIONS, ANY_BARS)
+def test_an_equal_version_is_promoted_wherever_anything_can_be_compared(
+    measured: Evaluation, bars: TrainerSettings
+) -> None:
+    assert judge(measured, measured, bars).promoted is comparable(measured, bars)
+
+
+@given(EVALUATIONS, EVALUATIONS, ANY_BARS)
+def test_there_is_a_reason_for_every_verdict(candidate: Evaluation, active: Evaluation, bars: TrainerSettings) -> None:
+    judgement = judge(candidate, active, bars)
+    assert judgement.reason
+    if judgement.promoted:
+        # No label that may be judged fell further than allowed
+        for label in LABELS:
+            new, old = candidate.labels[label], active.labels[label]
+            if comparable(replace(candidate, labels={label: new}), bars) and None not in (new.roc_auc, old.roc_auc):
+                assert old.roc_auc - new.roc_auc <= bars.max_label_auc_drop  # type: ignore[operator]
