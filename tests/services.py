@@ -17,7 +17,7 @@ SERVER_VARIABLE = "MODERATO_TEST_DATABASE_URL"
 Found = TypeVar("Found")
 
 
-def wait_until(condition: Callable[[], Found], timeout_s: float = 60, what: str = "the condition") -> Found:
+def wait_until(condition: Callable[[], Found | None], timeout_s: float = 60, what: str = "the condition") -> Found:
     """Look again and again until `condition` returns something true, which is returned.
 
     Raises:

@@ -1,0 +1,34 @@
+"""Fixtures of the acceptance tests: a system to start processes in, real comments, and versions to score with."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config.settings import ROOT
+from tests.acceptance.system import System
+
+COMMENTS_CSV = ROOT / "samples" / "comments.csv"
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """2,000 real comments, no two alike."""
+    with COMMENTS_CSV.open(encoding="utf-8", newline="") as file:
+        return [row["comment_text"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def new_system(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[System]:
+    """A system where no version was ever active, so that its first worker takes the starter."""
+    with System(redis_url, database_url, tmp_path) as system:
+        yield system
+
+
+@pytest.fixture
+def system(new_system: System, tiny_version: Path) -> System:
+    """A system with the tiny version `v1` active."""
+    new_system.add_version(tiny_version, "v1")
+    new_system.client.activate("v1", by="the test", reason="first")
+    return new_system

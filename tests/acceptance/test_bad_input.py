@@ -1,0 +1,196 @@
+"""Whatever is put into the queue: it is set aside with a reason, its neighbours are decided, the worker goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+
+from config.names import MAX_TEXT_BYTES, MODERATE_QUEUE, MODERATE_TASK, Reason
+from tests.acceptance.system import System
+from worker.message import MAX_PAYLOAD_BYTES
+
+pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+
+SECRET = "zanzibar"
+"""Stands in every text, and must stand in no log."""
+
+
+def nested(levels: int) -> dict[str, Any]:
+    context: dict[str, Any] = {}
+    for _ in range(levels):
+        context = {SECRET: context}
+    return context
+
+
+BAD_COMMENTS: dict[str, object] = {
+    "no text": {"id": "1"},
+    "empty text": {"text": ""},
+    "blank text": {"text": " \n"},
+    "over-long text": {"text": SECRET + "x" * MAX_TEXT_BYTES},
+    "a number as text": {"text": 7},
+    "a string for a comment": SECRET,
+    "null for a comment": None,
+    "an unknown field": {"text": SECRET, "txt": SECRET},
+    "a lone surrogate": {"text": f"{SECRET} \ud800"},
+    "a NUL": {"text": f"{SECRET} \x00"},
+    "a context nested too deeply": {"text": SECRET, "context": nested(40)},
+    "a time without a zone": {"text": SECRET, "created_at": "2026-01-01T12:00:00"},
+}
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self._folder),)
+
+
+class Sender:
+    """Sends what no client would, and notes what must come of it."""
+
+    def __init__(self, system: System) -> None:
+        self.decided: list[str] = []
+        """Submissions that must be decided."""
+        self.refused: dict[str, tuple[str, Reason]] = {}
+        """Dead letters that there must be: each one's id to what was sent, and why it must be refused."""
+        self._redis = system.redis
+        self._app = Celery(broker=system.broker_url, set_as_current=False)
+
+    def close(self) -> None:
+        self._app.close()
+
+    def task(self, *args: object, task: str = MODERATE_TASK) -> str:
+        """Send a Celery message; its id."""
+        return str(self._app.send_task(task, args, queue=MODERATE_QUEUE).id)
+
+    def good(self) -> None:
+        self.decided.append(f"{self.task([{'text': f'{SECRET} is fine'}])}:0")
+
+    def bad(self, what: str, reason: Reason, *args: object, task: str = MODERATE_TASK) -> None:
+        """A Celery message to be refused whole."""
+        self.refused[self.task(*args, task=task)] = what, reason
+
+    def bad_body(self, what: str, body: str) -> None:
+        """A Celery message with a body of which nothing can be known but its hash."""
+        self.push(self.envelope(body, content_type="application/json", content_encoding="utf-8"))
+        self.refused[f"sha256:{_sha256(body.encode())}"] = what, Reason.UNREADABLE_MESSAGE
+
+    def bad_bytes(self, what: str, raw: bytes) -> None:
+        """Bytes on the list that are no Celery message we read."""
+        self.push(raw)
+        self.refused[_sha256(raw)] = what, Reason.UNREADABLE_MESSAGE
+
+    def push(self, raw: bytes) -> None:
+        self._redis.lpush(MODERATE_QUEUE, raw)
+
+    def envelope(self, body: object, **how: str) -> bytes:
+        """A message with this body as kombu sends it, taken from a queue that nobody reads."""
+        with self._app.producer_or_acquire() as producer:
+            headers = {"task": MODERATE_TASK, "id": str(uuid4())}
+            producer.publish(body, routing_key="nobody", headers=headers, retry=False, **how)
+        return cast(bytes, self._redis.rpop("nobody"))
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+@pytest.fixture
+def sender(system: System) -> Iterator[Sender]:
+    sender = Sender(system)
+    yield sender
+    sender.close()
+
+
+def send_bad_comments(sender: Sender) -> None:
+    """Each beside a good one, all in one list."""
+    listed = [comment for bad in BAD_COMMENTS.values() for comment in (bad, {"text": f"{SECRET} is fine"})]
+    message_id = sender.task(listed)
+    for place, what in enumerate(BAD_COMMENTS):
+        sender.refused[f"{message_id}:{2 * place}"] = what, Reason.INVALID_COMMENT
+        sender.decided.append(f"{message_id}:{2 * place + 1}")
+
+
+def send_untimely_comments(sender: Sender) -> None:
+    expired_id = sender.task([{"text": SECRET, "expires_at": "2020-01-01T00:00:00Z"}])
+    sender.refused[f"{expired_id}:0"] = "expired", Reason.EXPIRED
+    sender.task([{"text": SECRET, "idempotency_key": "key"}])
+    sender.decided.append("key")
+    edited = f"{SECRET} edited"
+    sender.task([{"text": edited, "idempotency_key": "key"}])
+    conflict_id = f"key#{_sha256(edited.encode())[:16]}"
+    sender.refused[conflict_id] = "another text under a used key", Reason.IDEMPOTENCY_CONFLICT
+
+
+def send_bad_messages(sender: Sender) -> None:
+    sender.bad("no argument", Reason.NOT_A_LIST)
+    sender.bad("two arguments", Reason.NOT_A_LIST, [{"text": SECRET}], 1)
+    sender.bad("a comment for a list", Reason.NOT_A_LIST, {"text": SECRET})
+    sender.bad("a string for a list", Reason.NOT_A_LIST, SECRET)
+    sender.good()
+    sender.bad("an empty list", Reason.NOT_A_LIST, [])
+    sender.bad("300 comments", Reason.TOO_MANY_COMMENTS, [{"text": SECRET}] * 300)
+    sender.bad("another task", Reason.UNKNOWN_TASK, [{"text": SECRET}], task="news.digest")
+    sender.good()
+    sender.bad_body("a body that is not JSON", f"{{{SECRET}")
+    sender.bad_body("an empty body", "")
+    sender.bad_body("a body of open brackets", "[" * 200_000)
+    sender.bad_body("a body nested deeply", "[" * 200_000 + "]" * 200_000)
+    sender.good()
+
+
+def send_bad_bytes(sender: Sender) -> None:
+    sender.bad_bytes("nothing", b"")
+    sender.bad_bytes("a text", SECRET.encode())
+    sender.bad_bytes("binary", bytes(range(256)) * 4096)
+    sender.bad_bytes("[1,2]", b"[1,2]")
+    sender.bad_bytes("open brackets", b"[" * 200_000)
+    sender.good()
+    envelope = json.loads(sender.envelope([[[{"text": SECRET}]], {}, None], serializer="json"))
+    sender.bad_bytes("an envelope cut short", json.dumps(envelope).encode()[:-20])
+    sender.bad_bytes("an envelope without a body", json.dumps(envelope | {"body": None}).encode())
+    sender.bad_bytes("a body that is not base64", json.dumps(envelope | {"body": f"*{SECRET}*"}).encode())
+    sender.bad_bytes("headers that are a list", json.dumps(envelope | {"headers": [SECRET]}).encode())
+    sender.good()
+
+
+def test_bad_input_is_set_aside_with_a_reason(system: System, sender: Sender, tmp_path: Path) -> None:
+    # Given a worker
+    worker = system.start_worker()
+
+    # When all that can go wrong with a message comes among good comments, a pickle that acts when read included
+    send_bad_comments(sender)
+    send_untimely_comments(sender)
+    send_bad_messages(sender)
+    send_bad_bytes(sender)
+    intruded = tmp_path / "intruded"
+    sender.bad_bytes("a pickle", sender.envelope(Intruder(intruded), serializer="pickle"))
+    sender.good()
+
+    # Then each is a dead letter with its reason, in words that do not quote it
+    system.wait_for_decisions(sender.decided)
+    system.wait_until_nothing_is_left()
+    letters = {letter.dead_letter_id: letter for letter in system.client.dead_letters(limit=1000)}
+    assert {key: letter.reason for key, letter in letters.items() if key not in sender.refused} == {}
+    for dead_letter_id, (what, reason) in sender.refused.items():
+        assert dead_letter_id in letters, f"{what} led to no dead letter"
+        letter = letters[dead_letter_id]
+        assert (what, letter.reason) == (what, reason)
+        assert SECRET not in letter.detail, what
+        assert len(letter.payload) == min(letter.payload_bytes, MAX_PAYLOAD_BYTES), what
+    assert not intruded.exists()
+    # And the good ones are decided
+    assert sorted(row.submission_id for row in system.decisions()) == sorted(sender.decided)
+    # And the same process still answers, and has written no text into its log
+    assert worker.is_running
+    assert system.client.nodes() == ([worker.node], [])
+    assert SECRET not in worker.log()

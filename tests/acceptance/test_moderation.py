@@ -1,0 +1,61 @@
+"""A comment becomes a row: real processes, a real Redis, SQLite and again PostgreSQL."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from config.settings import load_settings
+from model.engine import Scores, load_scorer
+from model.policy import read_policy
+from model.version import STARTER_DIRECTORY
+from tests.acceptance import plain_producer
+from tests.acceptance.conftest import COMMENTS_CSV
+from tests.acceptance.system import TIMEOUT_S, System
+
+
+@pytest.fixture(scope="module")
+def alone(texts: list[str]) -> tuple[Scores, list[bool]]:
+    """The starter's scores of every comment, each in a forward pass of its own, and whether each text was cut."""
+    starter = load_scorer(STARTER_DIRECTORY, device="cpu")
+    scores = np.concatenate([starter.score_texts([text]) for text in texts])
+    return scores, [encoded.truncated for encoded in starter.encode(texts)]
+
+
+def test_every_comment_gets_one_decision_as_if_it_were_alone(
+    new_system: System, texts: list[str], alone: tuple[Scores, list[bool]]
+) -> None:
+    # Given a worker on a new database
+    system = new_system
+    system.start_worker()
+
+    # When someone else's program submits 2,000 comments with nothing but Celery
+    produced = subprocess.run(
+        [sys.executable, plain_producer.__file__, system.broker_url, COMMENTS_CSV],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    ids = produced.stdout.split()
+    system.wait_for_decisions(ids)
+
+    # Then there is one decision for each, with the comment's own text
+    decisions = {row.submission_id: row for row in system.decisions()}
+    assert len(decisions) == system.count_decisions() == len(texts)
+    rows = [decisions[submission_id] for submission_id in ids]
+    assert [row.text for row in rows] == texts
+    # And its scores are those of the same text alone
+    scores, truncated = alone
+    assert np.abs(np.array([list(row.scores.values()) for row in rows]) - scores).max() <= 1e-5
+    assert [row.truncated for row in rows] == truncated
+    # And the action is what the policy makes of them
+    policy = read_policy(load_settings({}).policy_file)
+    for row in rows:
+        verdict = policy.decide(row.community, list(row.scores.values()))
+        assert (row.action, row.fired_label, row.fired_threshold) == (verdict.action, verdict.label, verdict.threshold)
+    # And nothing is left behind
+    system.wait_until_nothing_is_left()
+    assert system.client.dead_letters() == []

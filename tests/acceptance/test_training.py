@@ -1,0 +1,70 @@
+"""Trainings that die: the row says so, nothing else has changed, and the next one works."""
+
+import os
+import signal
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import update
+
+from db.session import writing
+from db.tables import TrainingRun
+from tests.acceptance.system import System
+
+pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+
+LONG = {"epochs": 100}
+"""A training that does not end while the test looks at it."""
+
+
+def test_a_killed_training_fails_and_the_next_one_works(system: System) -> None:
+    # Given a training under way
+    trainer = system.start_trainer()
+    run_id = system.client.retrain(requested_by="the test", **LONG)
+    system.wait_until_training(run_id)
+
+    # When its process is killed, as the system does for want of memory
+    [training_process] = system.training_processes()
+    os.kill(training_process, signal.SIGKILL)
+
+    # Then the run has failed and says why
+    run = system.wait_until_finished(run_id)
+    assert run.state == "failed"
+    assert "the training process died" in (run.reason or "")
+    assert "signal 9" in (run.reason or "")
+    # And nothing else has changed
+    assert [activation.version for activation in system.client.activations()] == ["v1"]
+    assert [version.version for version in system.client.versions()] == ["v1"]
+    assert [path.name for path in system.versions_dir.iterdir()] == ["v1"]
+    # And the same trainer carries out the next one
+    assert trainer.is_running
+    following = system.wait_until_finished(system.client.retrain(requested_by="the test"))
+    assert following.state == "promoted", following.reason
+    active = system.client.active()
+    assert active is not None
+    assert active.version == following.version
+
+
+def test_a_trainer_killed_with_its_training_fails_the_run_when_it_is_back(system: System) -> None:
+    # Given a training under way
+    trainer = system.start_trainer()
+    run_id = system.client.retrain(requested_by="the test", **LONG)
+    system.wait_until_training(run_id)
+
+    # When the trainer and its training are killed
+    trainer.kill()
+    # And some time has passed since the last sign of life
+    with writing(system.database) as connection:
+        silent = update(TrainingRun).where(TrainingRun.run_id == run_id, TrainingRun.state == "running")
+        long_ago = datetime.now(UTC) - timedelta(minutes=5)
+        assert connection.execute(silent.values(heartbeat_at=long_ago)).rowcount == 1
+    # And another run is asked for
+    following_id = system.client.retrain(requested_by="the test")
+    system.start_trainer()
+
+    # Then the new trainer gives up the first, which changed nothing, and carries out the second
+    run = system.wait_until_finished(run_id)
+    assert (run.state, run.reason) == ("failed", "the training process stopped without a word")
+    following = system.wait_until_finished(following_id)
+    assert following.state == "promoted", following.reason
+    assert [activation.version for activation in system.client.activations()] == [following.version, "v1"]
