@@ -5,13 +5,14 @@ Owns the producer's side of the queue. Imports neither torch nor the model: task
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 from uuid import uuid4
 
 from celery import Celery
@@ -19,11 +20,12 @@ from kombu import Connection as BrokerConnection
 from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
 from kombu.pools import ProducerPool
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from api_client.comment import InvalidComment, message_form
+from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
     MODERATE_QUEUE,
@@ -64,6 +66,10 @@ class BrokerUnavailable(Exception):
     """Redis did not take or answer something; the message names its URL without the password."""
 
 
+class InvalidComment(Exception):
+    """A comment that no worker would take; the message names the field and what is allowed, never the text."""
+
+
 class WaitTimeout(Exception):
     """Some submissions have no outcome in time; the message says how many and where to look."""
 
@@ -90,6 +96,41 @@ class ResultFilters(TypedDict, total=False):
     until: datetime | None
     order: str
     limit: int | None
+
+
+class SubmissionIds(Sequence[str]):
+    """The ids of submitted comments, in their order; kept for each message rather than for each comment."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[str, dict[int, str]]] = []
+        self._ends: list[int] = []
+
+    def add(self, task_id: str, comments: Sequence[Mapping[str, Any]]) -> None:
+        """Take in one message."""
+        keys = {
+            index: comment["idempotency_key"] for index, comment in enumerate(comments) if "idempotency_key" in comment
+        }
+        self._messages.append((task_id, keys))
+        self._ends.append(len(self) + len(comments))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        message = bisect_right(self._ends, position)
+        task_id, keys = self._messages[message]
+        place = position - (self._ends[message - 1] if message else 0)
+        return keys.get(place, f"{task_id}:{place}")
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} submission ids>"
 
 
 class Results:
@@ -233,7 +274,7 @@ class ModerationClient:
             "idempotency_key": idempotency_key,
             "store_text": store_text,
         }
-        return self._send([message_form(comment)], queue)[0]
+        return self._send([message_form(comment)], queue, SubmissionIds())[0]
 
     def submit_many(
         self,
@@ -241,36 +282,32 @@ class ModerationClient:
         *,
         queue: str = MODERATE_QUEUE,
         on_sent: Callable[[list[str]], object] | None = None,
-    ) -> int:
+    ) -> SubmissionIds:
         """Send any number of comments, many in one message; when it returns, all of them are in Redis.
 
         They are read as they are sent, at most 1,024 (or 4 MiB of text) at a time, so the iterable may be larger than
-        memory, or without an end. The ids are handed over in the same steps, for the same reason:
-
-            ids = []
-            client.submit_many(comments, on_sent=ids.extend)
-
-        A source that pauses keeps up to 1,023 comments waiting here: call this once for each burst, or use `submit`.
+        memory, or without an end. A source that pauses keeps up to 1,023 comments waiting here: call this once for
+        each burst, or use `submit`.
 
         Args:
             comments: texts, or mappings with the arguments of `submit` as keys.
-            on_sent: is given the ids of each step, in the order of the comments.
+            on_sent: is given the ids of each step as it is sent, in the order of the comments.
 
         Returns:
-            How many were sent.
+            Their ids, in the order of the comments.
 
         Raises:
             InvalidComment: a comment would not be taken; the message says which. Those before it are sent.
         """
-        count = 0
+        ids = SubmissionIds()
         for batch in _round_trips(comments):
-            ids = self._send(batch, queue)
-            count += len(ids)
+            sent = len(ids)
+            self._send(batch, queue, ids)
             if on_sent is not None:
-                on_sent(ids)
-        return count
+                on_sent(ids[sent:])
+        return ids
 
-    def _send(self, comments: list[dict[str, Any]], queue: str) -> list[str]:
+    def _send(self, comments: list[dict[str, Any]], queue: str, ids: SubmissionIds) -> SubmissionIds:
         messages = [
             (str(uuid4()), comments[start : start + COMMENTS_PER_MESSAGE])
             for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
@@ -297,11 +334,9 @@ class ModerationClient:
             f"{len(comments)} comments may or may not have been submitted; an idempotency_key "
             "makes it safe to submit them again",
         )
-        return [
-            comment.get("idempotency_key") or f"{task_id}:{index}"
-            for task_id, listed in messages
-            for index, comment in enumerate(listed)
-        ]
+        for task_id, listed in messages:
+            ids.add(task_id, listed)
+        return ids
 
     # --- Results -------------------------------------------------------------------------------------------------
 
@@ -603,6 +638,28 @@ class ModerationClient:
 
 def _mailbox(exchange: str, broker: BrokerConnection) -> Any:
     return Mailbox(exchange, type="fanout", accept=["json"], serializer="json")(broker)
+
+
+def message_form(comment: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The comment as it travels: JSON types only, what is None left out.
+
+    The worker checks again by the same contract: messages also come from plain Celery.
+
+    Args:
+        comment: its text, or a mapping with `text` and any other field of `config.comment.Comment`.
+
+    Raises:
+        InvalidComment: a field is missing, unknown or breaks its bound.
+    """
+    if isinstance(comment, str):
+        comment = {"text": comment}
+    if not isinstance(comment, Mapping):
+        raise InvalidComment(f"a comment is a string or a mapping, not {type(comment).__name__}")
+    try:
+        checked = Comment.model_validate({name: value for name, value in comment.items() if value is not None})
+    except ValidationError as error:
+        raise InvalidComment(explain(error)) from None
+    return checked.model_dump(mode="json", exclude_unset=True)
 
 
 def _round_trips(comments: Iterable[str | Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:

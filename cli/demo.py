@@ -81,16 +81,17 @@ def _read_samples() -> list[Sample]:
 
 
 def _decide(client: ModerationClient, samples: Sequence[Sample], community: str) -> list[Result]:
-    ids: list[str] = []
     comments = ({"text": sample.text, "id": str(n), "community": community} for n, sample in enumerate(samples))
+    sent = 0
     started = time.monotonic()
     with progress("submitting", len(samples)) as update:
 
-        def on_sent(sent: list[str]) -> None:
-            ids.extend(sent)
-            update(len(ids))
+        def on_sent(new: list[str]) -> None:
+            nonlocal sent
+            sent += len(new)
+            update(sent)
 
-        client.submit_many(comments, on_sent=on_sent)
+        ids = client.submit_many(comments, on_sent=on_sent)
     with progress("deciding", len(ids)) as update:
         outcomes = client.wait(ids, timeout_s=DECIDE_TIMEOUT_S, on_progress=update)
     seconds = time.monotonic() - started

@@ -37,7 +37,11 @@ def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is not None:
         if is_nested_deeper_than(MAX_CONTEXT_NESTING, value):
             raise ValueError(f"is nested more than {MAX_CONTEXT_NESTING} levels deep")
-        encoded = _storable(json.dumps(value, ensure_ascii=False, allow_nan=False).replace(r"\u0000", "\x00")).encode()
+        try:
+            document = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot be written as JSON: {error}") from None
+        encoded = _storable(document.replace(r"\u0000", "\x00")).encode()
         if len(encoded) > MAX_CONTEXT_BYTES:
             raise ValueError(f"has {len(encoded):,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
     return value
