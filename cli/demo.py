@@ -165,12 +165,15 @@ def _retrain_and_swap(client: ModerationClient, samples: Sequence[Sample], commu
             raise Problem("the demo ends here; var/log/trainer.log says more")
         assert run.version is not None
         forced = run.state == "refused"
+        stream.begin()
         if forced:
+            # Some for the old version to decide; a promoted one was near when the stream began.
+            while len(stream.sent()) < STREAM_AT_LEAST // 4:
+                time.sleep(0.1)
             say(f"the demo activates {run.version} all the same, with force, and goes back at the end")
             client.activate(run.version, by=user(), reason="demo: in spite of the gate", force=True)
-        stream.begin()
         _wait_until_loaded(client, stream)
-    _show_stream(client, stream.ids, community, {before.version, run.version})
+    _show_stream(client, stream.sent(), community, {before.version, run.version})
     if forced:
         client.rollback(by=user(), reason="demo: the gate was right")
         active = client.active()
@@ -193,6 +196,16 @@ class _Stream:
         if self._thread is None:
             self._thread = threading.Thread(target=self._submit, name="stream", daemon=True)
             self._thread.start()
+
+    def sent(self) -> list[str]:
+        """The ids so far.
+
+        Raises:
+            Exception: what ended the thread before its time.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.ids
 
     def end(self) -> None:
         self._stop.set()
@@ -218,8 +231,6 @@ def _streaming(client: ModerationClient, samples: Sequence[Sample], community: s
         yield stream
     finally:
         stream.end()
-    if stream.error is not None:
-        raise stream.error
 
 
 def _wait_until_loaded(client: ModerationClient, stream: _Stream) -> None:
@@ -229,13 +240,13 @@ def _wait_until_loaded(client: ModerationClient, stream: _Stream) -> None:
     deadline = time.monotonic() + LOAD_TIMEOUT_S
     loaded_at: int | None = None
     with progress("streaming", STREAM_AT_LEAST) as update:
-        while loaded_at is None or len(stream.ids) < max(STREAM_AT_LEAST, loaded_at + STREAM_AT_LEAST // 4):
+        while loaded_at is None or len(stream.sent()) < max(STREAM_AT_LEAST, loaded_at + STREAM_AT_LEAST // 4):
             update(len(stream.ids), note="" if loaded_at is None else f"{active.version} is loaded")
             for load in client.loads(active.activation_id):
                 if load.error is not None:
                     raise Problem(f"{load.worker} refused {active.version} and goes on: {load.error}")
                 loaded_at = len(stream.ids) if loaded_at is None else loaded_at
-            if stream.error is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise Problem(f"no worker followed the activation of {active.version}; var/log/worker.log says more")
             time.sleep(0.1)
 

@@ -97,7 +97,7 @@ class TestMistakes:
 
     def test_a_comment_that_no_worker_would_take(self) -> None:
         assert complaint("submit", " ") == (
-            "moderato: comment 0 (counted from 0): text is empty; a comment needs text to be scored"
+            "moderato: comment 0 (counted from 0): 'text' is empty; a comment needs text to be scored"
         )
 
     def test_a_label_that_is_not_said_of(self) -> None:
