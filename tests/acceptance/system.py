@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from celery import Celery
 from redis import Redis
@@ -225,8 +225,8 @@ class System:
         return int(self.redis.hlen(WORKER_UNACKED_KEY))
 
     def ids_of_held_messages(self) -> set[str]:
-        held = (message.partition(b"\n")[2] for message in self.redis.hvals(WORKER_UNACKED_KEY))
-        return {json.loads(message)["headers"]["id"] for message in held}
+        held = cast(list[bytes], self.redis.hvals(WORKER_UNACKED_KEY))  # each after the name of its list
+        return {json.loads(message.partition(b"\n")[2])["headers"]["id"] for message in held}
 
     def wait_until_nothing_is_left(self) -> None:
         """Acknowledgements follow the decisions by a moment."""
