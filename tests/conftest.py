@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from redis import Redis
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, QueuePool
 
 from api_client.embedded import EmbeddedRedis
 from db.migrate import upgrade
 from db.session import open_database
-from tests.services import new_database, postgres_server
+from tests.services import new_database, postgres_server, wait_until
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("moderato", deadline=None)
@@ -88,6 +88,10 @@ def engine(database_url: str) -> Iterator[Engine]:
     """An engine on `database_url`."""
     engine = open_database(database_url)
     yield engine
+    # A connection that a thread gives back after this would be left open.
+    pool = engine.pool
+    assert isinstance(pool, QueuePool)
+    wait_until(lambda: pool.checkedout() == 0, what="every connection being given back")
     engine.dispose()
 
 

@@ -45,10 +45,12 @@ def carry_out(run_id: str, settings: Settings) -> None:
     with writing(database) as connection:
         claimed = queries.claim_run(connection, run_id, datetime.now(UTC))
     if not claimed:
+        database.dispose()
         logger.info("run %s was carried out before, or never requested; nothing to do", run_id)
         return
     stopped = threading.Event()
-    threading.Thread(target=_show_life, args=(database, run_id, stopped), name="heartbeat", daemon=True).start()
+    heartbeat = threading.Thread(target=_show_life, args=(database, run_id, stopped), name="heartbeat", daemon=True)
+    heartbeat.start()
     try:
         promoted = _retrain(run_id, settings, database)
     except queries.RunIsOver as error:
@@ -63,6 +65,8 @@ def carry_out(run_id: str, settings: Settings) -> None:
         return
     finally:
         stopped.set()
+        heartbeat.join()
+        database.dispose()
     if promoted:
         _tell_workers(settings.broker_url)
 
@@ -182,8 +186,8 @@ def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
 def _tell_workers(broker_url: str) -> None:
     """The activation's row is the truth and workers look at it by themselves; this only makes it sooner."""
     try:
-        app = Celery(broker=broker_url, set_as_current=False)
-        app.conf.control_exchange = WORKER_CONTROL_EXCHANGE
-        app.control.broadcast(ACTIVATION_CHANGED)
+        with Celery(broker=broker_url, set_as_current=False) as app:
+            app.conf.control_exchange = WORKER_CONTROL_EXCHANGE
+            app.control.broadcast(ACTIVATION_CHANGED)
     except Exception as error:
         logger.info("workers were not told at once (%s); they will see the activation by themselves", error)

@@ -24,9 +24,9 @@ def holdout(labels: np.ndarray) -> Dataset:
     return Dataset([f"text {n}" for n in range(len(labels))], labels.astype(np.float32))
 
 
-def evaluation(positives: int = 50, **roc_auc: float | None) -> Evaluation:
-    """These figures, 0.9 for every other label."""
-    metrics = {label: LabelMetrics(positives, 50, roc_auc.get(label, 0.9), 0.5) for label in LABELS}
+def evaluation(**roc_auc: float | None) -> Evaluation:
+    """These figures, 0.9 for every other label, on fifty rows of each class."""
+    metrics = {label: LabelMetrics(50, 50, roc_auc.get(label, 0.9), 0.5) for label in LABELS}
     return Evaluation(100, "the same rows", metrics)
 
 
@@ -127,8 +127,12 @@ def test_a_label_with_too_few_rows_of_a_class_is_not_judged_by_itself() -> None:
 
 @pytest.mark.parametrize(
     "nothing_to_compare",
-    [evaluation(positives=4), evaluation(**dict.fromkeys(LABELS))],
-    ids=["too few positives", "one class"],
+    [
+        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(4, 96, 0.9, 0.5))),
+        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(96, 4, 0.9, 0.5))),
+        evaluation(**dict.fromkeys(LABELS)),
+    ],
+    ids=["too few positives", "too few negatives", "one class"],
 )
 def test_where_nothing_can_be_compared_nothing_is_promoted(nothing_to_compare: Evaluation) -> None:
     judgement = judge(nothing_to_compare, nothing_to_compare, BARS)

@@ -1,0 +1,434 @@
+"""The pipeline with a real scorer on real databases: whatever happens, every comment comes to exactly one end."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, event, text
+
+from config.names import LABELS
+from config.settings import ROOT
+from db import queries
+from db.queries import DeadLetterRow, Result
+from db.session import open_database, reading, writing
+from model.engine import Scorer, Scores, load_scorer
+from model.text import EncodedText, TextEncoder
+from tests.integration.moderator import POLICY, Moderator, wrapped
+from tests.integration.outage import outage
+from tests.services import wait_until
+from tests.tiny import HOLDOUT, copy_version
+from trainer.dataset import read_csv
+from worker.pipeline import EXIT_BROKEN
+
+MARKER = "quoted-from-the-comment"
+"""In every comment here, and so in no line of any log."""
+POISON = f"{MARKER} poison poison poison"
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_version: Path) -> Scorer:
+    return load_scorer(tiny_version, device="cpu", threads=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_quoted(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test does, no comment shows up in the log."""
+    caplog.set_level("INFO")
+    yield
+    assert MARKER not in caplog.text
+
+
+def comments(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Real ones of all lengths."""
+    texts = read_csv(HOLDOUT).texts[first : first + count]
+    return [{"text": f"{MARKER} {first + n}: {text}"[:2_000]} for n, text in enumerate(texts)]
+
+
+def results(database: Engine) -> dict[str, Result]:
+    with reading(database) as connection:
+        return {result.submission_id: result for result in queries.results(connection)}
+
+
+def letters(database: Engine) -> dict[str, DeadLetterRow]:
+    with reading(database) as connection:
+        return {letter.dead_letter_id: letter for letter in queries.dead_letters(connection, limit=1_000)}
+
+
+def ids(message_id: str, count: int) -> set[str]:
+    return {f"{message_id}:{index}" for index in range(count)}
+
+
+class TestDeciding:
+    def test_every_comment_is_decided_by_its_scores(self, scorer: Scorer, engine: Engine) -> None:
+        # Given messages of one comment and of many, more than fit one batch
+        sent = {"one": comments(1), "some": comments(30, 1), "many": comments(150, 31)}
+        moderator = Moderator(scorer, engine)
+        for message_id, listed in sent.items():
+            moderator.deliver(message_id, *listed)
+        # When they are through
+        moderator.start()
+        moderator.finish()
+        # Then each has the scores that it has alone, and the action that the policy makes of them
+        found = results(engine)
+        assert set(found) == ids("one", 1) | ids("some", 30) | ids("many", 150)
+        for message_id, listed in sent.items():
+            for index, comment in enumerate(listed):
+                result = found[f"{message_id}:{index}"]
+                (alone,) = scorer.score_texts([comment["text"]])
+                assert result.text == comment["text"]
+                assert list(result.scores.values()) == pytest.approx(alone.tolist(), abs=1e-5)
+                verdict = POLICY.decide("default", list(result.scores.values()))
+                decided = (result.action, result.fired_label, result.fired_threshold)
+                assert decided == (verdict.action, verdict.label, verdict.threshold)
+        assert letters(engine) == {}
+
+    def test_a_row_says_everything_about_its_comment(self, scorer: Scorer, engine: Engine) -> None:
+        # Given a comment with every field, one with none, and one that must not be stored
+        whole = {
+            "text": f"{MARKER} " + "word " * 200,
+            "id": 7,
+            "community": "news",
+            "author": "me",
+            "language": "en",
+            "created_at": "2026-11-22T12:00:00+02:00",
+            "context": {"thread": [1, None]},
+            "idempotency_key": "k",
+        }
+        secret_text = f"{MARKER} secret"
+        before = datetime.now(UTC)
+        moderator = Moderator(scorer, engine)
+        moderator.deliver("m", whole, {"text": f"{MARKER} plain"}, {"text": secret_text, "store_text": False})
+        moderator.start()
+        moderator.finish()
+        # Then the first one's row has all of it
+        found = results(engine)
+        row = found["k"]
+        assert (row.comment_id, row.community, row.author, row.language) == ("7", "news", "me", "en")
+        assert row.created_at == datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
+        assert row.context == {"thread": [1, None]}
+        assert (row.text, row.truncated, row.windows) == (whole["text"], True, 1)
+        assert (row.model_version, row.policy_version) == ("tiny-1", POLICY.version)
+        assert row.queue_ms >= 0 < row.compute_ms
+        assert before <= row.submitted_at <= row.decided_at <= datetime.now(UTC)
+        # And the second one's what follows where nothing was said
+        row = found["m:1"]
+        assert (row.comment_id, row.community, row.author, row.truncated) == ("m:1", "default", None, False)
+        # And the third one's text is known by its hash only
+        assert found["m:2"].text is None
+        assert found["m:2"].text_sha256 == hashlib.sha256(secret_text.encode()).hexdigest()
+        # And the policy that decided can be read
+        with reading(engine) as connection:
+            stored = connection.execute(text("SELECT policy_version, text FROM policies")).all()
+        assert stored == [(POLICY.version, POLICY.text)]
+
+    def test_a_refused_comment_and_its_neighbours_settle_one_message(self, scorer: Scorer, engine: Engine) -> None:
+        # Given a message of good and bad comments, and one of bad comments only
+        moderator = Moderator(scorer, engine)
+        moderator.deliver("mixed", {"text": ""}, {"text": f"{MARKER} good"}, {"text": MARKER, "id": ""})
+        moderator.deliver("bad", {"text": ""})
+        moderator.start()
+        moderator.finish()
+        # Then both are acknowledged, with a row or a letter for each comment
+        assert set(results(engine)) == {"mixed:1"}
+        assert {key: letter.reason for key, letter in letters(engine).items()} == dict.fromkeys(
+            ["mixed:0", "mixed:2", "bad:0"], "invalid_comment"
+        )
+
+    def test_a_redelivered_message_changes_nothing(self, scorer: Scorer, engine: Engine) -> None:
+        moderator = Moderator(scorer, engine)
+        moderator.start()
+        moderator.deliver("m", {"text": f"{MARKER} good"}, {"text": ""})
+        moderator.finish()
+        first = results(engine), letters(engine)
+        moderator.deliver("m", {"text": f"{MARKER} good"}, {"text": ""})
+        moderator.finish()
+        assert (results(engine), letters(engine)) == first
+
+
+class TestIdempotency:
+    @pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one after the other"])
+    def test_a_key_used_again_for_the_same_text_is_decided_once(
+        self, scorer: Scorer, engine: Engine, together: bool
+    ) -> None:
+        moderator = Moderator(scorer, engine)
+        self.deliver_twice(moderator, {"text": MARKER, "idempotency_key": "k"}, {"text": MARKER}, together)
+        assert [result.text for result in results(engine).values()] == [MARKER]
+        assert letters(engine) == {}
+
+    @pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one after the other"])
+    def test_a_key_used_again_for_another_text_is_set_aside(
+        self, scorer: Scorer, engine: Engine, together: bool
+    ) -> None:
+        moderator = Moderator(scorer, engine)
+        self.deliver_twice(moderator, {"text": MARKER, "idempotency_key": "k"}, {"text": f"{MARKER} edited"}, together)
+        # Then the first one's decision stands
+        assert [result.text for result in results(engine).values()] == [MARKER]
+        # And the second one's producer hears of it, under an id that is not the first one's
+        (letter,) = letters(engine).values()
+        assert letter.reason == "idempotency_conflict"
+        assert letter.dead_letter_id.startswith("k#")
+        assert "the idempotency key 'k' was used before with another text" in letter.detail
+        assert b"edited" in letter.payload
+
+    @staticmethod
+    def deliver_twice(moderator: Moderator, first: dict[str, Any], changes: dict[str, Any], together: bool) -> None:
+        if together:
+            # Of like length, so that the order within the batch is that of delivery
+            moderator.deliver("first", first)
+            moderator.deliver("second", first | changes)
+            moderator.start()
+        else:
+            moderator.start()
+            moderator.deliver("first", first)
+            moderator.finish()
+            moderator.deliver("second", first | changes)
+        moderator.finish()
+
+
+class TestTrouble:
+    def test_batches_too_large_for_the_memory_go_on_in_parts(
+        self, scorer: Scorer, engine: Engine, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Given a device with memory for three comments at a time
+        def run_out_of_memory(token_ids: Sequence[Sequence[int]]) -> None:
+            if len(token_ids) > 3:
+                raise MemoryError
+
+        moderator = Moderator(wrapped(scorer, before=run_out_of_memory), engine)
+        moderator.deliver("m", *comments(60))
+        moderator.start()
+        moderator.finish()
+        # Then every comment is decided, with its own scores
+        found = results(engine)
+        assert set(found) == ids("m", 60)
+        alone = scorer.score_texts([comment["text"] for comment in comments(60)])
+        ours = [list(found[f"m:{index}"].scores.values()) for index in range(60)]
+        assert np.abs(np.array(ours) - alone).max() < 1e-5
+        assert letters(engine) == {}
+        assert "(MemoryError); trying its halves" in caplog.text
+
+    @pytest.mark.parametrize("trouble", ["engine raises", "scores are NaN", "tokenizer raises"])
+    @pytest.mark.parametrize("store_text", [True, False])
+    def test_one_poison_comment_is_set_aside_alone(
+        self, scorer: Scorer, engine: Engine, trouble: str, store_text: bool
+    ) -> None:
+        # Given a scorer that cannot take one comment among thirty
+        moderator = Moderator(poisoned(scorer, trouble), engine)
+        moderator.deliver("m", *comments(17), {"text": POISON, "store_text": store_text}, *comments(12, 17))
+        moderator.start()
+        moderator.finish()
+        # Then all others are decided
+        assert set(results(engine)) == ids("m", 30) - {"m:17"}
+        # And it is kept as far as it may be, with the reason
+        (letter,) = letters(engine).values()
+        assert (letter.dead_letter_id, letter.reason) == ("m:17", "scoring_failed")
+        assert "version tiny-1 could not score it" in letter.detail
+        assert MARKER not in letter.detail
+        assert (POISON.encode() in letter.payload) is store_text
+        assert letter.payload_bytes > len(POISON)
+
+    def test_a_row_that_the_database_refuses_does_not_take_its_batch_along(
+        self, scorer: Scorer, engine: Engine
+    ) -> None:
+        # Given a database that takes no comments of one author
+        refuse_author(engine, "unwelcome")
+        moderator = Moderator(scorer, engine)
+        moderator.deliver("m", *comments(5), {"text": MARKER, "author": "unwelcome"}, *comments(5, 5), {"text": ""})
+        moderator.start()
+        moderator.finish()
+        # Then the others are recorded, and that one is set aside
+        assert set(results(engine)) == ids("m", 11) - {"m:5"}
+        found = letters(engine)
+        assert {key: letter.reason for key, letter in found.items()} == {
+            "m:5": "recording_failed",
+            "m:11": "invalid_comment",
+        }
+        assert "the database refused its row (IntegrityError" in found["m:5"].detail
+        assert MARKER not in found["m:5"].detail
+
+    @pytest.mark.parametrize("broken", ["engine", "acknowledgement"])
+    def test_a_broken_pipeline_ends_its_process(self, tiny_version: Path, database_url: str, broken: str) -> None:
+        # When an engine can score nothing any more, or a stage of the pipeline breaks
+        worker = subprocess.run(
+            [sys.executable, "-m", "tests.integration.broken_worker", str(tiny_version), database_url, broken, MARKER],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        # Then the process ends, and its supervisor sees how
+        assert worker.returncode == EXIT_BROKEN, worker.stderr
+        assert "this worker ends, and what it holds returns to the queue" in worker.stderr
+        assert ("can no longer score anything" in worker.stderr) is (broken == "engine")
+        # And nothing of the comment is in its log
+        assert MARKER not in worker.stdout + worker.stderr
+        # And no comment is blamed
+        engine = open_database(database_url)
+        assert letters(engine) == {}
+        engine.dispose()
+
+
+class TestExchange:
+    def test_what_was_prepared_is_scored_by_the_version_that_prepared_it(
+        self, scorer: Scorer, engine: Engine, tiny_version: Path, tmp_path: Path
+    ) -> None:
+        # Given a version that is busy with its first batch, while another 130 comments are prepared for it
+        encoder, busy, may_go_on = CountingEncoder(scorer), threading.Event(), threading.Event()
+
+        def wait(token_ids: Sequence[Sequence[int]]) -> None:
+            busy.set()
+            assert may_go_on.wait(60)
+
+        moderator = Moderator(replace(wrapped(scorer, before=wait), text_encoder=encoder), engine)
+        moderator.start()
+        moderator.deliver("first", *comments(1))
+        assert busy.wait(60)
+        moderator.deliver("old", *comments(130, 1))
+        wait_until(lambda: encoder.texts == 131, what="preparation by the old version")
+        # When a new version takes over, and more comments come
+        copy = copy_version(tiny_version, tmp_path, "tiny-2")
+        moderator.pipeline.exchange(load_scorer(copy, device="cpu", threads=1))
+        moderator.deliver("new", *comments(70, 131))
+        may_go_on.set()
+        moderator.finish()
+        # Then each is decided once, by the version that prepared it
+        versions = {key: result.model_version for key, result in results(engine).items()}
+        old = ids("first", 1) | ids("old", 130)
+        assert versions == dict.fromkeys(old, "tiny-1") | dict.fromkeys(ids("new", 70), "tiny-2")
+        assert letters(engine) == {}
+
+
+class TestOutage:
+    @pytest.fixture
+    def database(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+        """An engine that soon notices that its database is away."""
+        monkeypatch.setattr("db.session.BUSY_TIMEOUT_S", 0.05)
+        monkeypatch.setattr("worker.pipeline.FIRST_RETRY_S", 0.02)
+        monkeypatch.setattr("worker.pipeline.LAST_RETRY_S", 0.1)
+        engine = open_database(database_url)
+        yield engine
+        engine.dispose()
+
+    def test_decisions_wait_for_the_database(
+        self, scorer: Scorer, database: Engine, database_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Given a database that goes away while comments come, in the middle of a day's work
+        moderator = Moderator(scorer, database)
+        moderator.start()
+        moderator.deliver("before", *comments(3))
+        moderator.finish()
+        attempts: list[object] = []
+        event.listen(database, "do_connect", lambda *args: attempts.append(args))
+        event.listen(database.pool, "checkout", lambda *args: attempts.append(args))
+        with outage(database_url):
+            moderator.deliver("during", *comments(40, 3), {"text": ""})
+            wait_until(lambda: moderator.pipeline.database_is_away, what="the outage being noticed")
+            attempts.clear()
+            wait_until(lambda: len(attempts) > 3, what="several attempts")
+            moderator.deliver("later", *comments(20, 43))
+            assert moderator.acknowledged == ["before"]
+        # When it is back, everything is recorded
+        moderator.finish()
+        assert set(results(database)) == ids("before", 3) | ids("during", 40) | ids("later", 20)
+        assert set(letters(database)) == {"during:40"}
+        # And the log says once that it was away and once that it is back
+        assert not moderator.pipeline.database_is_away
+        assert caplog.text.count("the database cannot be written to (") == 1
+        assert caplog.text.count("the database can be written to again") == 1
+
+    def test_what_is_not_recorded_is_not_acknowledged(
+        self, scorer: Scorer, database: Engine, database_url: str
+    ) -> None:
+        # Given a worker that is told to end while its database is away
+        moderator = Moderator(scorer, database)
+        moderator.start()
+        with outage(database_url):
+            moderator.deliver("m", *comments(3))
+            wait_until(lambda: moderator.pipeline.database_is_away, what="the outage being noticed")
+            moderator.pipeline.stop_waiting()
+            # It takes the next only when it has given up on the first
+            moderator.deliver("next", {"text": ""})
+            wait_until(moderator.pipeline._finished.empty, what="the recorder giving up")
+        moderator.deliver("last", {"text": ""})
+        wait_until(lambda: "last" in moderator.acknowledged, what="the recorder going on")
+        # Then the message is neither recorded nor acknowledged, and will be delivered again
+        assert "m" not in moderator.acknowledged
+        assert results(database) == {}
+
+
+# --- Trouble makers ---
+
+
+def poisoned(scorer: Scorer, trouble: str) -> Scorer:
+    """The scorer, but it cannot take POISON."""
+    poison = scorer.encode([POISON])[0].ids
+
+    def fail(token_ids: Sequence[Sequence[int]]) -> None:
+        if poison in token_ids:
+            raise RuntimeError(f"CUDA error while reading {POISON}")
+
+    def miscalculate(token_ids: Sequence[Sequence[int]], scores: Scores) -> None:
+        scores[[ids == poison for ids in token_ids], 2] = np.nan
+
+    if trouble == "tokenizer raises":
+        return replace(scorer, text_encoder=FailingEncoder(scorer))
+    return wrapped(scorer, before=fail) if trouble == "engine raises" else wrapped(scorer, after=miscalculate)
+
+
+class FailingEncoder(TextEncoder):
+    def __init__(self, scorer: Scorer) -> None:
+        self._encoder = scorer.text_encoder
+
+    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+        if POISON in texts:
+            raise ValueError(f"cannot split {POISON}")
+        return self._encoder.encode(texts)
+
+
+class CountingEncoder(TextEncoder):
+    def __init__(self, scorer: Scorer) -> None:
+        self._encoder = scorer.text_encoder
+        self.texts = 0
+
+    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+        encoded = self._encoder.encode(texts)
+        self.texts += len(texts)
+        return encoded
+
+
+def refuse_author(database: Engine, author: str) -> None:
+    with writing(database) as connection:
+        if connection.dialect.name == "sqlite":
+            connection.execute(
+                text(
+                    f"CREATE TRIGGER refuse BEFORE INSERT ON submissions WHEN NEW.author = '{author}' "
+                    "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+                )
+            )
+        else:
+            connection.execute(text(f"ALTER TABLE submissions ADD CONSTRAINT refuse CHECK (author <> '{author}')"))
+
+
+def test_labels_are_recorded_in_their_own_columns(scorer: Scorer, engine: Engine) -> None:
+    # Given an engine that gives each label another score
+    def number(token_ids: Sequence[Sequence[int]], scores: Scores) -> None:
+        scores[:] = [0.1, 0.2, 0.3, 0.05, 0.15, 0.25]
+
+    moderator = Moderator(wrapped(scorer, after=number), engine)
+    moderator.deliver("m", {"text": MARKER})
+    moderator.start()
+    moderator.finish()
+    with reading(engine) as connection:
+        row = connection.execute(text(f"SELECT {', '.join(LABELS)} FROM decisions")).one()
+    assert row == pytest.approx([0.1, 0.2, 0.3, 0.05, 0.15, 0.25])

@@ -1,0 +1,264 @@
+"""A retrain from claim to verdict, in this process: what it leaves behind however it ends."""
+
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from config.names import LABELS
+from config.settings import Settings, load_settings
+from db import queries
+from db.queries import ActivationRow, RunRow
+from db.session import reading, writing
+from model.engine import load_scorer
+from model.version import read_manifest
+from tests.integration.rows import prepare, scored
+from tests.services import wait_until
+from tests.tiny import HOLDOUT, TRAIN, copy_version
+from trainer.dataset import read_csv
+from trainer.retraining import carry_out
+
+ANYTHING_PASSES = {"max_label_auc_drop": 1.0, "max_mean_auc_drop": 1.0, "min_label_positives": 1}
+NOTHING_PASSES = {"min_label_positives": 1_000_000}
+RUN = "6f1e2d3c-0000-4000-8000-000000000001"
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
+    """A training that takes seconds."""
+    tiny: dict[str, object] = {
+        "MAX_LENGTH": 64,
+        "MAX_ROWS": 64,
+        "MAX_HOLDOUT_ROWS": 120,
+        "TRAIN_FILES": f"[{TRAIN}]",
+        "HOLDOUT_FILE": HOLDOUT,
+        "EPOCHS": 1,
+        "BATCH_SIZE": 16,
+        "LEARNING_RATE": 1e-4,
+        "CALIBRATION_TEXTS": 16,
+    }
+    environment = {
+        "MODERATO_DATABASE_URL": database_url,
+        "MODERATO_BROKER_URL": redis_url,
+        "MODERATO_VERSIONS_DIR": str(tmp_path / "versions"),
+    }
+    return load_settings(environment | {f"MODERATO_TRAINER__{key}": str(value) for key, value in tiny.items()})
+
+
+@pytest.fixture
+def active(tiny_version: Path, settings: Settings, engine: Engine) -> ActivationRow:
+    """The version "v1", active."""
+    manifest = read_manifest(copy_version(tiny_version, settings.versions_dir, "v1")).model_dump()
+    now = datetime.now(UTC)
+    with writing(engine) as connection:
+        queries.register_version(connection, manifest, now)
+        queries.activate(connection, version="v1", by="me", reason="test", now=now)
+    return newest_activation(engine)
+
+
+def request(engine: Engine, overrides: dict[str, Any]) -> None:
+    with writing(engine) as connection:
+        queries.request_run(connection, run_id=RUN, requested_by="me", overrides=overrides, now=datetime.now(UTC))
+
+
+def run(engine: Engine) -> RunRow:
+    with reading(engine) as connection:
+        found = queries.run(connection, RUN)
+    assert found is not None
+    return found
+
+
+def newest_activation(engine: Engine) -> ActivationRow:
+    with reading(engine) as connection:
+        found = queries.active(connection)
+    assert found is not None
+    return found
+
+
+def registered(engine: Engine) -> list[str]:
+    with reading(engine) as connection:
+        return [row.version for row in queries.versions(connection)]
+
+
+def published(settings: Settings) -> list[str]:
+    """Versions on disk, unfinished ones included."""
+    return sorted(path.name for path in settings.versions_dir.iterdir())
+
+
+def review(engine: Engine, texts: list[str]) -> None:
+    """Decisions that a person found wrong: each of these is a threat."""
+    with writing(engine) as connection:
+        prepare(connection)
+        queries.record_decisions(connection, [scored(text, text) for text in texts])
+        for text in texts:
+            queries.add_review(
+                connection,
+                submission_id=text,
+                action="remove",
+                labels={"threat": True},
+                reviewer="mod",
+                note=None,
+                now=datetime.now(UTC),
+            )
+
+
+def test_a_version_that_passes_the_gate_becomes_the_active_one(
+    engine: Engine, settings: Settings, active: ActivationRow, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    # Given corrections, one of them of a text that is held out, and a run that asks for two epochs
+    review(engine, ["I will find you", "I know your street", read_csv(HOLDOUT).texts[0]])
+    request(engine, ANYTHING_PASSES | {"epochs": 2})
+    # When it is carried out
+    carry_out(RUN, settings)
+    # Then its row tells how it went
+    row = run(engine)
+    assert row.state == "promoted", row.reason
+    assert row.reason is not None
+    assert "not worse than the active version. ROC-AUC on 120 held-out rows: mean" in row.reason
+    # 64 replayed rows and two corrections, each four times, 16 at a time, twice
+    assert (row.step, row.total_steps) == (10, 10)
+    assert row.started_at is not None
+    assert row.finished_at is not None
+    assert row.requested_at <= row.started_at <= row.finished_at
+    assert row.loss is not None
+    assert (row.parent, row.phase) == ("v1", "judging")
+    assert row.metrics is not None
+    assert row.metrics["candidate"]["dataset_sha256"] == row.metrics["active"]["dataset_sha256"]
+    assert set(row.metrics["candidate"]["labels"]) == set(LABELS)
+    # And its version is the active one, by the trainer, for that reason
+    now_active = newest_activation(engine)
+    assert (now_active.version, now_active.activated_by) == (row.version, "trainer")
+    assert now_active.reason == f"run {RUN}: {row.reason}"
+    # And the version says where it comes from, and loads
+    assert row.version is not None
+    manifest = load_scorer(settings.versions_dir / row.version, device="cpu", threads=1).manifest
+    assert manifest.parent == "v1"
+    assert manifest.settings["epochs"] == 2
+    assert manifest.dataset["training"]["rows"] == 64 + 4 * 2
+    assert manifest.dataset["training"]["positives"]["threat"] >= 4 * 2
+    assert manifest.dataset["training"]["sha256"] == row.dataset_sha256
+    assert manifest.metrics["holdout_int8"] == row.metrics["candidate"]
+    # And it is registered as it is on disk
+    with reading(engine) as connection:
+        registration = queries.version(connection, row.version)
+    assert registration is not None
+    assert registration.manifest == manifest.model_dump()
+    assert published(settings) == sorted(["v1", row.version])
+    # And the workers were told
+    assert "workers were not told" not in caplog.text
+
+
+def test_a_version_that_the_gate_refuses_is_kept_but_not_activated(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    request(engine, NOTHING_PASSES)
+    carry_out(RUN, settings)
+    row = run(engine)
+    assert (row.state, row.metrics is not None) == ("refused", True)
+    assert row.reason is not None
+    assert "none of the labels has 1000000 positives and negatives" in row.reason
+    # Then somebody may still look at it, or activate it by hand
+    assert row.version in registered(engine)
+    assert published(settings) == sorted(["v1", str(row.version)])
+    assert newest_activation(engine) == active
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        pytest.param({"train_files": ["/nowhere/train.csv"]}, "DatasetError: /nowhere/train.csv", id="no rows"),
+        pytest.param({"holdout_file": "/nowhere/holdout.csv"}, "DatasetError: /nowhere/holdout.csv", id="no holdout"),
+        pytest.param({"train_files": []}, "NothingToTrain: there are no rows to train on", id="nothing to train on"),
+        pytest.param({"epoch": 2}, "epoch", id="unknown setting"),
+    ],
+)
+def test_a_run_that_fails_says_why_and_changes_nothing(
+    engine: Engine, settings: Settings, active: ActivationRow, overrides: dict[str, Any], reason: str
+) -> None:
+    request(engine, overrides)
+    carry_out(RUN, settings)
+    row = run(engine)
+    assert (row.state, row.version) == ("failed", None)
+    assert row.reason is not None
+    assert reason in row.reason
+    assert row.finished_at is not None
+    assert registered(engine) == published(settings) == ["v1"]
+    assert newest_activation(engine) == active
+
+
+def test_a_run_whose_active_version_is_damaged_fails(engine: Engine, settings: Settings, active: ActivationRow) -> None:
+    (settings.versions_dir / "v1" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    request(engine, ANYTHING_PASSES)
+    carry_out(RUN, settings)
+    assert run(engine).state == "failed"
+    assert "version v1: tokenizer.json is damaged" in str(run(engine).reason)
+
+
+def test_a_run_before_any_activation_fails(engine: Engine, settings: Settings) -> None:
+    request(engine, {})
+    carry_out(RUN, settings)
+    assert run(engine).state == "failed"
+    assert "no version is active yet" in str(run(engine).reason)
+
+
+def test_corrections_alone_are_enough(engine: Engine, settings: Settings, active: ActivationRow) -> None:
+    review(engine, ["I will find you", "I know your street"])
+    request(engine, ANYTHING_PASSES | {"train_files": []})
+    carry_out(RUN, settings)
+    row = run(engine)
+    assert row.state == "promoted", row.reason
+    assert row.total_steps == 1
+
+
+def test_a_run_whose_message_comes_twice_is_carried_out_once(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    # Given a run that is over
+    request(engine, {"train_files": ["/nowhere/train.csv"]})
+    carry_out(RUN, settings)
+    first = run(engine)
+    # When its message comes again, and one of a run that nobody requested
+    carry_out(RUN, settings)
+    carry_out("another", settings)
+    # Then nothing happens
+    assert run(engine) == first
+    assert published(settings) == ["v1"]
+
+
+def test_a_run_that_is_under_way_elsewhere_is_left_alone(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    request(engine, ANYTHING_PASSES)
+    with writing(engine) as connection:
+        assert queries.claim_run(connection, RUN, datetime.now(UTC))
+    carry_out(RUN, settings)
+    assert (run(engine).state, run(engine).phase) == ("running", None)
+    assert published(settings) == ["v1"]
+
+
+def test_a_run_that_is_given_up_meanwhile_activates_nothing(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    # Given a run that would take minutes, and that somebody takes for dead while it trains
+    request(engine, ANYTHING_PASSES | {"epochs": 100, "batch_size": 1})
+
+    def give_up() -> None:
+        wait_until(lambda: run(engine).phase == "training", what="the training")
+        with writing(engine) as connection:
+            queries.finish_run(connection, RUN, state="failed", reason="taken for dead", now=datetime.now(UTC))
+
+    impatient = threading.Thread(target=give_up)
+    impatient.start()
+    # When it is carried out
+    carry_out(RUN, settings)
+    impatient.join()
+    # Then it stops where it is, and the verdict stands
+    row = run(engine)
+    assert (row.state, row.reason, row.version) == ("failed", "taken for dead", None)
+    assert row.step is None or row.step < 6_400
+    assert registered(engine) == published(settings) == ["v1"]
+    assert newest_activation(engine) == active

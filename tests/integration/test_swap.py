@@ -1,0 +1,293 @@
+"""Which version a worker scores with: it follows the newest activation, and nothing wrong with one stops it."""
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from config.names import STARTER_VERSION
+from config.settings import Settings, load_settings
+from db import queries
+from db.queries import LoadRow
+from db.session import open_database, reading, writing
+from model.engine import Scorer
+from model.version import WEIGHTS_FILE, VersionError, read_manifest, version_directory
+from tests.integration.outage import outage
+from tests.services import wait_until
+from tests.tiny import copy_version
+from worker.swap import VersionFollower
+
+WORKER = "w1@here"
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    """Looks happen when a test asks for them."""
+    return load_settings(
+        {
+            "MODERATO_DATABASE_URL": database_url,
+            "MODERATO_VERSIONS_DIR": str(tmp_path / "versions"),
+            "MODERATO_WORKER__DEVICE": "cpu",
+            "MODERATO_WORKER__THREADS": "1",
+            "MODERATO_WORKER__ACTIVATION_POLL_S": "60",
+        }
+    )
+
+
+@pytest.fixture
+def publish(tiny_version: Path, settings: Settings, engine: Engine) -> Callable[[str], Path]:
+    """Writes and registers a version under this name; its directory."""
+
+    def published(name: str) -> Path:
+        directory = copy_version(tiny_version, settings.versions_dir, name)
+        with writing(engine) as connection:
+            queries.register_version(connection, read_manifest(directory).model_dump(), datetime.now(UTC))
+        return directory
+
+    return published
+
+
+class Worker:
+    """A worker's follower, and the scorers that it hands to the pipeline."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._follower = VersionFollower(engine, settings, WORKER)
+        self.scorers: list[Scorer] = []
+
+    @property
+    def versions(self) -> list[str]:
+        return [scorer.version for scorer in self.scorers]
+
+    def start(self) -> None:
+        self.scorers.append(self._follower.load_first())
+        self._follower.follow(self.scorers.append)
+
+    def look(self) -> None:
+        self._follower.look_now()
+
+    def look_until(self, condition: Callable[[], bool], what: str) -> None:
+        def holds_after_a_look() -> bool:
+            self.look()
+            return condition()
+
+        wait_until(holds_after_a_look, what=what)
+
+    def word(self, activation_id: int, accepted: bool = False) -> LoadRow:
+        """What it says of this activation; where `accepted`, once it says that."""
+
+        self.look()
+
+        def found() -> LoadRow | None:
+            with reading(self._engine) as connection:
+                return next(
+                    (row for row in queries.loads(connection, activation_id) if row.error is None or not accepted), None
+                )
+
+        row = wait_until(found, what="the worker's word on the activation")
+        assert row is not None
+        assert row.worker == WORKER
+        return row
+
+
+def activate(engine: Engine, version: str) -> int:
+    with writing(engine) as connection:
+        return queries.activate(connection, version=version, by="me", reason="test", now=datetime.now(UTC))
+
+
+def damage(directory: Path) -> None:
+    content = bytearray((directory / WEIGHTS_FILE).read_bytes())
+    content[-1] ^= 1
+    (directory / WEIGHTS_FILE).write_bytes(content)
+
+
+def count_loads(engine: Engine) -> int:
+    with reading(engine) as connection:
+        return int(connection.exec_driver_sql("SELECT count(*) FROM version_loads").scalar_one())
+
+
+class TestStarting:
+    @pytest.fixture(autouse=True)
+    def starter(self, tiny_version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A repository whose starter loads fast."""
+        directory = copy_version(tiny_version, tmp_path / "repository", STARTER_VERSION)
+        monkeypatch.setattr("model.version.STARTER_DIRECTORY", directory)
+        monkeypatch.setattr("worker.swap.STARTER_DIRECTORY", directory)
+        return directory
+
+    def test_the_first_start_activates_the_starter(self, engine: Engine, settings: Settings) -> None:
+        # Given a database without any activation, and no versions directory
+        assert VersionFollower(engine, settings, WORKER).load_first().version == STARTER_VERSION
+        # Then the starter is the active version, by this worker
+        with reading(engine) as connection:
+            newest = queries.active(connection)
+            assert newest is not None
+            assert (newest.version, newest.activated_by) == (STARTER_VERSION, WORKER)
+            (load,) = queries.loads(connection, newest.activation_id)
+        assert (load.worker, load.version, load.error) == (WORKER, STARTER_VERSION, None)
+        # And another worker's start adds nothing but its own word
+        assert VersionFollower(engine, settings, "w2@there").load_first().version == STARTER_VERSION
+        with reading(engine) as connection:
+            assert len(queries.activations(connection, limit=10)) == 1
+            assert [row.worker for row in queries.loads(connection, newest.activation_id)] == [WORKER, "w2@there"]
+
+    def test_a_start_takes_the_active_version(
+        self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
+    ) -> None:
+        publish("v1")
+        publish("v2")
+        activate(engine, "v2")
+        activation = activate(engine, "v1")
+        worker = Worker(engine, settings)
+        worker.start()
+        assert worker.versions == ["v1"]
+        assert worker.word(activation).error is None
+
+    def test_a_start_takes_the_version_before_a_refused_one(
+        self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
+    ) -> None:
+        # Given an active version that is damaged, one before it that is gone, and a sound one before both
+        publish("v1")
+        gone, damaged = publish("v2"), publish("v3")
+        for version in ("v1", "v2", "v3"):
+            activation = activate(engine, version)
+        shutil.rmtree(gone)
+        damage(damaged)
+        # When a worker starts
+        worker = Worker(engine, settings)
+        worker.start()
+        # Then it scores with the sound one, and says so
+        assert worker.versions == ["v1"]
+        word = worker.word(activation)
+        assert word.version == "v1"
+        assert word.error is not None
+        assert "version v3: model.safetensors is damaged" in word.error
+        # And it follows the next activation at once
+        publish("v4")
+        assert worker.word(activate(engine, "v4")).version == "v4"
+
+    def test_where_no_version_loads_each_refusal_is_named(
+        self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
+    ) -> None:
+        for version in ("v1", "v2"):
+            damage(publish(version))
+            activate(engine, version)
+        with pytest.raises(VersionError, match=r"no version .* can be loaded: version v2: .* version v1: "):
+            VersionFollower(engine, settings, WORKER).load_first()
+
+    def test_a_starter_that_is_missing_is_named(self, engine: Engine, settings: Settings, starter: Path) -> None:
+        shutil.rmtree(starter)
+        with pytest.raises(VersionError, match=r"manifest\.json cannot be read"):
+            VersionFollower(engine, settings, WORKER).load_first()
+
+
+class TestFollowing:
+    @pytest.fixture
+    def worker(self, engine: Engine, settings: Settings, publish: Callable[[str], Path]) -> Worker:
+        """Running v1."""
+        publish("v1")
+        activate(engine, "v1")
+        worker = Worker(engine, settings)
+        worker.start()
+        return worker
+
+    def test_an_activation_is_followed(self, worker: Worker, engine: Engine, publish: Callable[[str], Path]) -> None:
+        publish("v2")
+        word = worker.word(activate(engine, "v2"))
+        assert (word.version, word.error) == ("v2", None)
+        assert worker.versions == ["v1", "v2"]
+        # A rollback too
+        assert worker.word(activate(engine, "v1")).version == "v1"
+        assert worker.versions == ["v1", "v2", "v1"]
+
+    def test_activating_the_running_version_again_loads_nothing(self, worker: Worker, engine: Engine) -> None:
+        word = worker.word(activate(engine, "v1"))
+        assert (word.version, word.error) == ("v1", None)
+        assert worker.versions == ["v1"]
+
+    def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+    ) -> None:
+        # When a damaged version is activated
+        damage(publish("v2"))
+        word = worker.word(activate(engine, "v2"))
+        # Then the worker says why it refuses it, and what it scores with
+        assert word.version == "v1"
+        assert word.error is not None
+        assert "version v2: model.safetensors is damaged" in word.error
+        assert worker.versions == ["v1"]
+        # And a rollback is followed at once rather than after the pause between two attempts
+        word = worker.word(activate(engine, "v1"))
+        assert (word.version, word.error) == ("v1", None)
+        # And so is the next version
+        publish("v3")
+        assert worker.word(activate(engine, "v3")).error is None
+        assert worker.versions == ["v1", "v3"]
+
+    def test_a_version_that_comes_late_is_loaded_when_it_is_there(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Given a worker that tries again at every look
+        monkeypatch.setattr("worker.swap.RETRY_REFUSED_S", 0.0)
+        # When a version is activated whose files are not there yet
+        files = publish("v2")
+        shutil.move(files, files.with_name("elsewhere"))
+        activation = activate(engine, "v2")
+        word = worker.word(activation)
+        assert word.error is not None
+        assert "version v2: there is no directory" in word.error
+        # Then the attempts that follow say nothing new
+        before = count_loads(engine)
+        attempts: list[str] = []
+
+        def find(name: str, versions_dir: Path) -> Path:
+            attempts.append(name)
+            return version_directory(name, versions_dir)
+
+        monkeypatch.setattr("worker.swap.version_directory", find)
+        worker.look_until(lambda: len(attempts) > 2, "several attempts")
+        assert count_loads(engine) == before
+        # Until it is there
+        shutil.move(files.with_name("elsewhere"), files)
+        worker.look_until(lambda: worker.versions == ["v1", "v2"], "the exchange")
+        assert worker.word(activation, accepted=True).version == "v2"
+        assert count_loads(engine) == before + 1
+
+
+def test_an_absent_database_stops_nothing(
+    postgres_url: str,
+    tiny_version: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+) -> None:
+    """On PostgreSQL, because nobody can keep others from reading SQLite."""
+    engine = open_database(postgres_url)
+    request.addfinalizer(engine.dispose)
+    settings = load_settings(
+        {
+            "MODERATO_DATABASE_URL": postgres_url,
+            "MODERATO_VERSIONS_DIR": str(tmp_path),
+            "MODERATO_WORKER__DEVICE": "cpu",
+            "MODERATO_WORKER__THREADS": "1",
+            "MODERATO_WORKER__ACTIVATION_POLL_S": "60",
+        }
+    )
+    for version in ("v1", "v2"):
+        manifest = read_manifest(copy_version(tiny_version, tmp_path, version)).model_dump()
+        with writing(engine) as connection:
+            queries.register_version(connection, manifest, datetime.now(UTC))
+    activate(engine, "v1")
+    # Given a worker whose database goes away
+    worker = Worker(engine, settings)
+    worker.start()
+    with outage(postgres_url):
+        worker.look_until(lambda: "cannot see which version is active" in caplog.text, "the outage being noticed")
+    # Then it says so, goes on, and follows again when the database is back
+    activation = activate(engine, "v2")
+    assert worker.word(activation).version == "v2"
+    assert worker.versions == ["v1", "v2"]
+    assert caplog.text.count("cannot see which version is active") == 1
