@@ -14,13 +14,19 @@ from db import queries
 from db.queries import LoadRow
 from db.session import open_database, reading, writing
 from model.engine import Scorer
-from model.version import WEIGHTS_FILE, VersionError, read_manifest, version_directory
+from model.version import WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
 from tests.integration.outage import outage
 from tests.services import wait_until
 from tests.tiny import copy_version
 from worker.swap import VersionFollower
 
 WORKER = "w1@here"
+
+
+@pytest.fixture(autouse=True)
+def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is followed only after the pause between two attempts is not followed within a test."""
+    monkeypatch.setattr("worker.swap.RETRY_REFUSED_S", 3_600.0)
 
 
 @pytest.fixture
@@ -134,6 +140,23 @@ class TestStarting:
             assert len(queries.activations(connection, limit=10)) == 1
             assert [row.worker for row in queries.loads(connection, newest.activation_id)] == [WORKER, "w2@there"]
 
+    def test_of_two_workers_that_start_first_one_activates_the_starter(
+        self, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Given a worker that has seen no activation, and another that starts at that moment
+        def read_while_another_starts(directory: Path) -> Manifest:
+            monkeypatch.setattr("worker.swap.read_manifest", read_manifest)
+            VersionFollower(engine, settings, "w2@there").load_first()
+            return read_manifest(directory)
+
+        monkeypatch.setattr("worker.swap.read_manifest", read_while_another_starts)
+        VersionFollower(engine, settings, WORKER).load_first()
+        # Then there is one activation, which both follow
+        with reading(engine) as connection:
+            (only,) = queries.activations(connection, limit=10)
+            assert only.activated_by == "w2@there"
+            assert len(queries.loads(connection, only.activation_id)) == 2
+
     def test_a_start_takes_the_active_version(
         self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
     ) -> None:
@@ -157,17 +180,26 @@ class TestStarting:
         shutil.rmtree(gone)
         damage(damaged)
         # When a worker starts
-        worker = Worker(engine, settings)
-        worker.start()
+        assert VersionFollower(engine, settings, WORKER).load_first().version == "v1"
         # Then it scores with the sound one, and says so
-        assert worker.versions == ["v1"]
-        word = worker.word(activation)
-        assert word.version == "v1"
+        with reading(engine) as connection:
+            (word,) = queries.loads(connection, activation)
+        assert (word.worker, word.version) == (WORKER, "v1")
         assert word.error is not None
         assert "version v3: model.safetensors is damaged" in word.error
-        # And it follows the next activation at once
-        publish("v4")
-        assert worker.word(activate(engine, "v4")).version == "v4"
+
+    def test_a_start_with_another_version_follows_the_next_activation_at_once(
+        self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
+    ) -> None:
+        publish("v1")
+        damage(publish("v2"))
+        for version in ("v1", "v2"):
+            activate(engine, version)
+        worker = Worker(engine, settings)
+        worker.start()
+        publish("v3")
+        assert worker.word(activate(engine, "v3")).version == "v3"
+        assert worker.versions == ["v1", "v3"]
 
     def test_where_no_version_loads_each_refusal_is_named(
         self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
