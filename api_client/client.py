@@ -444,7 +444,7 @@ class ModerationClient:
         Raises:
             SettingsError: an override is unknown or not allowed.
         """
-        trainer_settings(overrides)
+        trainer_settings(settings(), overrides)
         run_id = str(uuid4())
         # The row first: a trainer that got the message and found no row would have nothing to claim.
         with self._writing() as connection:

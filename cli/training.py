@@ -72,7 +72,7 @@ def train(
 
     from config.settings import settings, trainer_settings
 
-    chosen = trainer_settings(parse_overrides(overrides))
+    chosen = trainer_settings(settings(), parse_overrides(overrides) | ({"encoder": encoder} if encoder else {}))
     say("loading torch and the data")
 
     from cli.offline import find_version, show_evaluation
@@ -93,10 +93,7 @@ def train(
         raise Problem("no row is left to train on: the files are empty, or every text in them is held out too")
     with tempfile.TemporaryDirectory(prefix="moderato-training-") as directory, progress("training") as update:
         work_dir = Path(directory)
-        if parent:
-            start = from_version(find_version(parent))
-        else:
-            start = from_encoder(encoder or chosen.encoder, chosen.max_length, work_dir)
+        start = from_version(find_version(parent)) if parent else from_encoder(chosen, work_dir)
 
         def report(now: Progress) -> None:
             _show_progress(update, now.phase, now.step, now.total_steps, now.loss, now.seconds_left)

@@ -137,13 +137,13 @@ def settings() -> Settings:
     return load_settings(os.environ)
 
 
-def trainer_settings(overrides: Mapping[str, Any]) -> TrainerSettings:
-    """This process' trainer settings with some of them overridden for one run.
+def trainer_settings(base: Settings, overrides: Mapping[str, Any]) -> TrainerSettings:
+    """The trainer settings with some of them overridden for one run.
 
     Raises:
         SettingsError: an override is unknown or not allowed.
     """
-    everything = settings().model_dump()
+    everything = base.model_dump()
     everything["trainer"] |= overrides
     try:
         return Settings.model_validate(everything).trainer

@@ -12,7 +12,19 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, RowMapping, Select, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    RowMapping,
+    Select,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
@@ -491,9 +503,14 @@ def activations(connection: Connection, limit: int) -> list[ActivationRow]:
 
 
 def previous_version(connection: Connection) -> str | None:
-    """The version that was active before the active one; None where there was no other."""
+    """The version that was active before the active one; None where there was no other.
+
+    One that every worker refused is passed over: it never decided anything, and could not now.
+    """
     now_active = select(Activation.version).order_by(Activation.activation_id.desc()).limit(1).scalar_subquery()
-    other = select(Activation.version).where(Activation.version != now_active)
+    tried = exists().where(VersionLoad.activation_id == Activation.activation_id)
+    loaded = tried.where(VersionLoad.error.is_(None))
+    other = select(Activation.version).where(Activation.version != now_active, loaded | ~tried)
     return connection.scalar(other.order_by(Activation.activation_id.desc()).limit(1))
 
 

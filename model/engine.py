@@ -132,6 +132,8 @@ def check_probes(scorer: Scorer, on_onnx: bool) -> None:
 def _choose_onnx(device: str, engine: str, has_onnx: bool) -> tuple[bool, str]:
     """Whether ONNX Runtime is used, and why, in words."""
     if engine == "onnx":
+        if device == "cuda":
+            raise VersionError("engine onnx runs on a CPU; with device cuda set engine auto or torch")
         if not has_onnx:
             raise VersionError(f"engine onnx is asked for, but the version has no {ONNX_FILE}")
         return True, "engine: onnx is set"

@@ -54,8 +54,8 @@ def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **ov
     work_dir = versions_dir / f".work-{version}"
     work_dir.mkdir(parents=True)
     try:
-        settings = tiny_settings(**overrides)
-        start = from_encoder(str(write_tiny_encoder(work_dir / "encoder")), settings.max_length, work_dir)
+        settings = tiny_settings(encoder=str(write_tiny_encoder(work_dir / "encoder")), **overrides)
+        start = from_encoder(settings, work_dir)
         return train_version(
             start,
             read_csv(TRAIN).take(range(rows)),

@@ -129,5 +129,9 @@ def _label_values(column: "pd.Series[str]", path: Path, label: str) -> NDArray[n
     wrong = ~(np.isin(numbers, (0, 1)) | (values == "nan").to_numpy())
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise DatasetError(f"{path}, row {row + 2}, column {label}: {column.iloc[row]!r} is not 0, 1 or blank")
+        # Where the columns are shifted the value is a comment, which must not reach a log.
+        value = (
+            shown if len(shown := repr(column.iloc[row])) <= 16 else f"a value of {len(column.iloc[row]):,} characters"
+        )
+        raise DatasetError(f"{path}, row {row + 2}, column {label}: {value} is not 0, 1 or blank")
     return numbers

@@ -68,16 +68,17 @@ def from_version(directory: Path) -> StartingPoint:
     )
 
 
-def from_encoder(name_or_path: str, max_length: int, work_dir: Path) -> StartingPoint:
-    """Start from a pretrained encoder: a hub name or a directory. Its tokenizer is saved into `work_dir`.
+def from_encoder(settings: TrainerSettings, work_dir: Path) -> StartingPoint:
+    """Start from the pretrained encoder of the settings. Its tokenizer is saved into `work_dir`.
 
     Raises:
         OSError: the hub or the directory has no such encoder, or no safetensors weights.
     """
-    network = ToxicityNetwork.from_pretrained_encoder(name_or_path)
+    torch.manual_seed(settings.seed)  # of the heads, which begin at random
+    network = ToxicityNetwork.from_pretrained_encoder(settings.encoder)
     tokenizer_file = work_dir / TOKENIZER_FILE
-    AutoTokenizer.from_pretrained(name_or_path).backend_tokenizer.save(str(tokenizer_file))
-    return StartingPoint(network, tokenizer_file, max_length, parent=None)
+    AutoTokenizer.from_pretrained(settings.encoder).backend_tokenizer.save(str(tokenizer_file))
+    return StartingPoint(network, tokenizer_file, settings.max_length, parent=None)
 
 
 def train_version(
@@ -100,9 +101,12 @@ def train_version(
         TrainingFailed: the loss stopped being a number.
         VersionError: `directory` exists, or what was written does not load.
     """
-    text_encoder = TextEncoder(start.tokenizer_file.parent, start.max_length)
+    tokenizer_directory = start.tokenizer_file.parent
+    text_encoder = TextEncoder(tokenizer_directory, start.max_length)
+    # Training may read less of each text than the version will in service: the time of a step grows with it.
+    training_encoder = TextEncoder(tokenizer_directory, min(start.max_length, settings.max_length))
     network = start.network
-    loss = fine_tune(network, text_encoder, training, settings, work_dir=work_dir / "trainer", report=report)
+    loss = fine_tune(network, training_encoder, training, settings, work_dir=work_dir / "trainer", report=report)
     network.to("cpu")
 
     with writing_version(directory) as written:

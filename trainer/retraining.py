@@ -14,7 +14,7 @@ from celery import Celery
 from sqlalchemy import Engine
 
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
-from config.settings import Settings, TrainerSettings
+from config.settings import Settings, trainer_settings
 from db import queries
 from db.session import open_database, reading, writing
 from model.engine import load_scorer
@@ -81,7 +81,7 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     assert run is not None
     if active is None:
         raise NothingToTrain("no version is active yet: start a worker once, or activate a version")
-    chosen = TrainerSettings.model_validate({**settings.trainer.model_dump(), **run.overrides})
+    chosen = trainer_settings(settings, run.overrides)
     parent_directory = version_directory(active.version, settings.versions_dir)
     # Verified by loading it as a worker would; also what the candidate is compared with.
     parent = load_scorer(parent_directory, device="cpu", expected_version=active.version)

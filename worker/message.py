@@ -6,6 +6,7 @@ list is sound, a bad comment does not take its neighbours along.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +20,7 @@ from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
+STORE_TEXT_FALSE = re.compile(rb'"store_text"\s*:\s*false')
 MAX_NESTING = 64
 """Levels of lists and objects in a body, more than a comment needs. Deeper ones can be read, but not surely shown."""
 
@@ -68,23 +70,20 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
     if MALFORMED_HEADER in headers:
         detail = f"not a Celery message: {headers[MALFORMED_HEADER]}"
         length = headers[MALFORMED_BYTES_HEADER]
-        return Parsed(refused=[_refuse(headers["id"], Reason.UNREADABLE_MESSAGE, detail, body, length)])
-    message_id = f"sha256:{hashlib.sha256(body).hexdigest()}"
+        return Parsed(refused=[_refuse_whole(headers["id"], Reason.UNREADABLE_MESSAGE, detail, body, length)])
+    message_id = _message_id(headers.get("id"), body)
     try:
-        decoded = _decode(body)
-        task, task_id, arguments = _task(headers, decoded)
-        if isinstance(task_id, str) and 0 < len(task_id) <= MAX_ID_CHARS and _is_storable(task_id):
-            message_id = task_id
+        task, task_id, arguments = _task(headers, _decode(body))
+        message_id = _message_id(task_id, body)
         comments = _comments(task, arguments)
     except _Unreadable as problem:
-        return Parsed(refused=[_refuse(message_id, problem.reason, problem.detail, body)])
+        return Parsed(refused=[_refuse_whole(message_id, problem.reason, problem.detail, body, len(body))])
     if len(comments) > MAX_COMMENTS_PER_MESSAGE:
         detail = (
             f"{len(comments):,} comments in one message, more than the {MAX_COMMENTS_PER_MESSAGE} allowed; "
             "none was scored: send them in several messages"
         )
-        kept = body if all(_may_be_stored(comment) for comment in comments) else b""
-        return Parsed(refused=[_refuse(message_id, Reason.TOO_MANY_COMMENTS, detail, kept, len(body))])
+        return Parsed(refused=[_refuse_whole(message_id, Reason.TOO_MANY_COMMENTS, detail, body, len(body))])
 
     parsed = Parsed()
     for index, raw in enumerate(comments):
@@ -92,9 +91,10 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
         try:
             comment = Comment.model_validate(raw)
         except ValidationError as error:
-            payload = _bytes(raw)
-            kept = payload if _may_be_stored(raw) else b""
-            parsed.refused.append(_refuse(submission_id, Reason.INVALID_COMMENT, explain(error), kept, len(payload)))
+            payload = json.dumps(raw).encode()
+            # Anything but a plain true forbids it: a comment this wrong may have meant to.
+            stored = not isinstance(raw, dict) or raw.get("store_text", True) is True
+            parsed.refused.append(_refuse(submission_id, Reason.INVALID_COMMENT, explain(error), payload, stored))
             continue
         submission_id = comment.idempotency_key or submission_id
         if comment.expires_at is not None and comment.expires_at <= now:
@@ -108,12 +108,24 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
 def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()
-    return _refuse(dead_letter_id, reason, detail, payload if comment.store_text else b"", len(payload))
+    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text)
 
 
-def _refuse(dead_letter_id: str, reason: Reason, detail: str, payload: bytes, length: int | None = None) -> Refused:
-    whole = len(payload) if length is None else length
-    return Refused(dead_letter_id, reason, detail, payload[:MAX_PAYLOAD_BYTES], whole)
+def _refuse(dead_letter_id: str, reason: Reason, detail: str, payload: bytes, stored: bool) -> Refused:
+    return Refused(dead_letter_id, reason, detail, payload[:MAX_PAYLOAD_BYTES] if stored else b"", len(payload))
+
+
+def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes, length: int) -> Refused:
+    # Its comments cannot be told apart, so one that must not be stored forbids it for all.
+    kept = b"" if STORE_TEXT_FALSE.search(body) else body[:MAX_PAYLOAD_BYTES]
+    return Refused(message_id, reason, detail, kept, length)
+
+
+def _message_id(task_id: object, body: bytes) -> str:
+    """The task's id where it has a usable one, else a hash: the same message has the same one again."""
+    if isinstance(task_id, str) and 0 < len(task_id) <= MAX_ID_CHARS and task_id.isascii() and task_id.isprintable():
+        return task_id
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
 def _decode(body: bytes) -> object:
@@ -164,15 +176,3 @@ def _comments(task: object, arguments: object) -> list[object]:
     if not arguments[0]:
         raise _Unreadable(Reason.NOT_A_LIST, "the list of comments is empty")
     return arguments[0]
-
-
-def _is_storable(value: str) -> bool:
-    return value.isprintable() and value.isascii()
-
-
-def _may_be_stored(raw: object) -> bool:
-    return not isinstance(raw, dict) or raw.get("store_text", True) is True
-
-
-def _bytes(raw: object) -> bytes:
-    return json.dumps(raw, ensure_ascii=True).encode()

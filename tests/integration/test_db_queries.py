@@ -386,6 +386,23 @@ class TestActivations:
         self.activate(registered, "v2")
         assert ask(registered, queries.previous_version) == "v3"
 
+    def test_a_version_that_no_worker_could_load_is_no_previous_one(self, registered: Engine) -> None:
+        # Given one version that loaded, one that was refused, one that was refused at first, and the active one
+        outcomes: list[tuple[str, list[str | None]]] = [
+            ("v1", [None]),
+            ("v2", ["damaged"]),
+            ("v1", ["not there yet", None]),
+            ("v2", ["damaged", "damaged"]),
+            ("v3", [None]),
+        ]
+        for version, errors in outcomes:
+            activation = self.activate(registered, version)
+            for error in errors:
+                load = {"activation_id": activation, "worker": "a", "version": "v1", "error": error, "now": NOON}
+                tell(registered, queries.record_load, **load)
+        # Then going back leads to the newest that worked
+        assert ask(registered, queries.previous_version) == "v1"
+
     def test_the_only_version_has_no_previous_one(self, registered: Engine) -> None:
         self.activate(registered, "v1")
         self.activate(registered, "v1")
