@@ -80,9 +80,10 @@ class Sender:
         self.refused[self.task(*args, task=task)] = what, reason
 
     def bad_body(self, what: str, body: str) -> None:
-        """A Celery message with a body of which nothing can be known but its hash."""
-        self.push(self.envelope(body, content_type="application/json", content_encoding="utf-8"))
-        self.refused[f"sha256:{_sha256(body.encode())}"] = what, Reason.UNREADABLE_MESSAGE
+        """A Celery message of which nothing can be read but its headers."""
+        message = self.envelope(body, content_type="application/json", content_encoding="utf-8")
+        self.push(message)
+        self.refused[json.loads(message)["headers"]["id"]] = what, Reason.UNREADABLE_MESSAGE
 
     def bad_bytes(self, what: str, raw: bytes) -> None:
         """Bytes on the list that are no Celery message we read."""
