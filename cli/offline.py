@@ -115,14 +115,14 @@ def evaluate(
 
 def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     """A version's figures as a table; `evaluation` as `trainer.evaluation.Evaluation.as_dict` gives it."""
-    table = Table("label", "positives", "negatives", "ROC-AUC", "average precision")
+    table = Table("label", "positives", "negatives", "ROC-AUC", "average precision", "log loss")
     for label, metrics in evaluation["labels"].items():
-        figures = (metrics["roc_auc"], metrics["average_precision"])
+        figures = (metrics["roc_auc"], metrics["average_precision"], metrics["log_loss"])
         shown = ["" if figure is None else f"{figure:.4f}" for figure in figures]
         table.add_row(label, f"{metrics['positives']:,}", f"{metrics['negatives']:,}", *shown)
     mean = evaluation["mean_roc_auc"]
     table.add_section()
-    table.add_row("mean", "", "", "" if mean is None else f"{mean:.4f}", "")
+    table.add_row("mean", "", "", "" if mean is None else f"{mean:.4f}", "", "")
     out.print(table)
 
 

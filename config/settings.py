@@ -113,6 +113,7 @@ class TrainerSettings(Section):
     calibration_texts: int = Field(ge=8, le=4096)
     max_label_auc_drop: float = Field(ge=0, le=1)
     max_mean_auc_drop: float = Field(ge=0, le=1)
+    max_label_log_loss_rise: float = Field(ge=0)
     min_label_positives: int = Field(ge=1)
 
 

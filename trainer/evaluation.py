@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from config.names import LABELS
 from model.engine import Scorer, Scores
@@ -19,7 +19,10 @@ class LabelMetrics:
     positives: int
     negatives: int
     roc_auc: float | None
+    """How well the scores order the comments, whatever their values."""
     average_precision: float | None
+    log_loss: float | None
+    """How far the scores are from the truth as probabilities: what a policy's thresholds stand on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def _label_metrics(scores: np.ndarray, labels: np.ndarray) -> LabelMetrics:
     truth, predicted = labels[known], scores[known]
     positives, negatives = int((truth == 1).sum()), int((truth == 0).sum())
     if not positives or not negatives:
-        return LabelMetrics(positives, negatives, None, None)
+        return LabelMetrics(positives, negatives, None, None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an undefined figure must not pass as a number
         return LabelMetrics(
@@ -65,4 +68,5 @@ def _label_metrics(scores: np.ndarray, labels: np.ndarray) -> LabelMetrics:
             negatives,
             float(roc_auc_score(truth, predicted)),
             float(average_precision_score(truth, predicted)),
+            float(log_loss(truth, predicted.astype(np.float64))),
         )

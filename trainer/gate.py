@@ -18,6 +18,9 @@ class Judgement:
 def judge(candidate: Evaluation, active: Evaluation, bars: TrainerSettings) -> Judgement:
     """Promote a candidate that is not worse than the active version on the same held-out rows.
 
+    Ordering the comments as well is not enough: a version that scores all of them higher has the same ROC-AUC, and
+    would hide twice as many. So the log loss is held as well.
+
     A label counts by itself only where the rows hold at least `min_label_positives` of each class: below that
     its figure is noise.
 
@@ -37,6 +40,13 @@ def judge(candidate: Evaluation, active: Evaluation, bars: TrainerSettings) -> J
             failures.append(
                 f"{label} fell by {old.roc_auc - new.roc_auc:.4f}, more than the {bars.max_label_auc_drop:g} allowed"
             )
+        if old.log_loss is not None and new.log_loss is not None:
+            rise = new.log_loss - old.log_loss
+            if rise > bars.max_label_log_loss_rise:
+                failures.append(
+                    f"{label}'s log loss rose by {rise:.4f} to {new.log_loss:.4f}, more than the "
+                    f"{bars.max_label_log_loss_rise:g} allowed: its scores no longer mean what the thresholds expect"
+                )
     if not figures:
         return Judgement(
             False,

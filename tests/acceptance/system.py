@@ -45,6 +45,7 @@ QUICK_TRAINING = {
     # Whatever comes of it is promoted: the gate has tests of its own.
     "MODERATO_TRAINER__MAX_LABEL_AUC_DROP": "1",
     "MODERATO_TRAINER__MAX_MEAN_AUC_DROP": "1",
+    "MODERATO_TRAINER__MAX_LABEL_LOG_LOSS_RISE": "9",
     "MODERATO_TRAINER__MIN_LABEL_POSITIVES": "1",
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from config.names import LABELS
 from config.settings import TrainerSettings, load_settings
@@ -26,7 +26,7 @@ def holdout(labels: np.ndarray) -> Dataset:
 
 def evaluation(**roc_auc: float | None) -> Evaluation:
     """These figures, 0.9 for every other label, on fifty rows of each class."""
-    metrics = {label: LabelMetrics(50, 50, roc_auc.get(label, 0.9), 0.5) for label in LABELS}
+    metrics = {label: LabelMetrics(50, 50, roc_auc.get(label, 0.9), 0.5, 0.2) for label in LABELS}
     return Evaluation(100, "the same rows", metrics)
 
 
@@ -50,6 +50,7 @@ def test_figures_are_those_of_the_known_rows() -> None:
             40 - int(truth.sum()),
             roc_auc_score(truth, predicted),
             average_precision_score(truth, predicted),
+            log_loss(truth, predicted.astype(np.float64)),
         )
     assert measured.mean_roc_auc == pytest.approx(np.mean([m.roc_auc for m in measured.labels.values()]))
     assert measured.rows == 60
@@ -64,12 +65,13 @@ def test_figures_by_hand() -> None:
     toxic = measure(scores, holdout(labels)).labels["toxic"]
     assert (toxic.positives, toxic.negatives, toxic.roc_auc) == (2, 2, 0.75)
     assert toxic.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert toxic.log_loss == pytest.approx(-(math.log(0.9) + math.log(0.4) + math.log(0.4) + math.log(0.9)) / 4)
 
 
 @pytest.mark.parametrize(("value", "positives", "negatives"), [(1, 7, 0), (0, 0, 7), (UNKNOWN, 0, 0)])
 def test_a_label_of_one_class_has_no_figure(value: float, positives: int, negatives: int) -> None:
     measured = measure(np.full((7, 6), 0.5, dtype=np.float32), holdout(np.full((7, 6), value)))
-    assert measured.labels["threat"] == LabelMetrics(positives, negatives, None, None)
+    assert measured.labels["threat"] == LabelMetrics(positives, negatives, None, None, None)
     assert measured.mean_roc_auc is None
     assert measured.as_dict()["mean_roc_auc"] is None
 
@@ -103,6 +105,16 @@ def test_a_mean_that_falls_too_far_refuses_though_no_label_does() -> None:
     assert "toxic fell" not in judgement.reason
 
 
+def test_scores_that_moved_refuse_though_their_order_stayed() -> None:
+    # Given a candidate that orders comments as well, but scores them all higher
+    active, candidate = evaluation(), evaluation()
+    candidate.labels["toxic"] = replace(active.labels["toxic"], log_loss=0.65)
+    # Then it is refused: thresholds would hide what they did not
+    judgement = judge(candidate, active, BARS)
+    assert not judgement.promoted
+    assert "toxic's log loss rose by 0.4500 to 0.6500, more than the 0.05 allowed" in judgement.reason
+
+
 def test_every_failure_is_named() -> None:
     reason = judge(evaluation(threat=0.5, insult=0.5), evaluation(), BARS).reason
     assert all(words in reason for words in ("threat fell by 0.4000", "insult fell by 0.4000", "the mean fell by"))
@@ -114,7 +126,7 @@ def test_a_fall_within_the_bars_is_promoted() -> None:
 
 def test_a_label_with_too_few_rows_of_a_class_is_not_judged_by_itself() -> None:
     # Given a threat that fell far, on four positives
-    few = LabelMetrics(4, 96, 0.80, 0.5)
+    few = LabelMetrics(4, 96, 0.80, 0.5, 0.2)
     active, candidate = evaluation(), evaluation()
     active.labels["threat"], candidate.labels["threat"] = replace(few, roc_auc=0.83), few
     # Then it is noise; with one more it is not
@@ -128,8 +140,8 @@ def test_a_label_with_too_few_rows_of_a_class_is_not_judged_by_itself() -> None:
 @pytest.mark.parametrize(
     "nothing_to_compare",
     [
-        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(4, 96, 0.9, 0.5))),
-        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(96, 4, 0.9, 0.5))),
+        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(4, 96, 0.9, 0.5, 0.2))),
+        Evaluation(100, "rows", dict.fromkeys(LABELS, LabelMetrics(96, 4, 0.9, 0.5, 0.2))),
         evaluation(**dict.fromkeys(LABELS)),
     ],
     ids=["too few positives", "too few negatives", "one class"],
@@ -146,7 +158,7 @@ def test_versions_measured_on_different_rows_are_not_compared() -> None:
 
 
 AUC = st.none() | st.floats(0, 1)
-METRICS = st.builds(LabelMetrics, st.integers(0, 20), st.integers(0, 20), AUC, AUC)
+METRICS = st.builds(LabelMetrics, st.integers(0, 20), st.integers(0, 20), AUC, AUC, st.none() | st.floats(0, 10))
 EVALUATIONS = st.builds(
     Evaluation, st.integers(0, 100), st.just("rows"), st.fixed_dictionaries(dict.fromkeys(LABELS, METRICS))
 )
