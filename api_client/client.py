@@ -163,7 +163,8 @@ class Status:
     workers: list[str] = field(default_factory=list)
     """Node names of those that answer."""
     trainers: list[str] = field(default_factory=list)
-    queued_messages: int | None = None
+    queue_depth: int | None = None
+    """Messages that wait for a worker."""
     held_messages: int | None = None
     """Taken by a worker and not yet decided, or left by one that died."""
     active: queries.ActivationRow | None = None
@@ -563,7 +564,7 @@ class ModerationClient:
             broker_url=without_password(self._broker_url), database_url=without_password(self._database_url)
         )
         try:
-            status.queued_messages, status.held_messages = self._with_broker(self._count_messages, "nothing was asked")
+            status.queue_depth, status.held_messages = self._with_broker(self._count_messages, "nothing was asked")
             status.workers, status.trainers = self.nodes()
         except BrokerUnavailable as unavailable:
             status.problems.append(str(unavailable))

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from cli.terminal import Problem, err
+from cli.terminal import Problem, err, say
+from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
 from config.settings import ROOT, Settings
 
 LOG_DIRECTORY = ROOT / "var" / "log"
@@ -22,6 +23,8 @@ READY_TIMEOUT_S = 120
 """The worker answers once its model is loaded and checked."""
 STOP_TIMEOUT_S = {"worker": 30.0, "trainer": 5.0}
 """The worker finishes what it holds; a training is not waited for, and changes nothing where it is cut off."""
+WATCH_S = 1.0
+SHORTEST_LIFE_S = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -32,10 +35,14 @@ class Service:
     """A process we started, in a session and so a process group of its own."""
 
     name: str
+    """Of the process, and of the package that holds its Celery app."""
+    queue: str
     process: "subprocess.Popen[bytes]"
     log: Path
     log_start: int
     """Where in the log this process began."""
+    started_at: float
+    """Monotonic, seconds."""
 
     def send(self, number: int) -> None:
         """Signal the whole group: a prefork pool's child is in it."""
@@ -50,7 +57,7 @@ class Service:
 
 
 @contextmanager
-def embedded_system(settings: Settings) -> Iterator[None]:
+def embedded_system(settings: Settings) -> Iterator[list[Service]]:
     """Everything runs and answers while the context is open; on leaving it, however that comes, nothing is left.
 
     Ctrl-C, SIGTERM and SIGHUP stop it in order: worker, trainer, Redis. A second one while it stops kills what is left.
@@ -70,11 +77,11 @@ def embedded_system(settings: Settings) -> Iterator[None]:
                 with signals.deferred():
                     redis.start()
             upgrade(settings.database_url)
-            for name, module, queue in (("worker", "worker", "toxicity"), ("trainer", "trainer", "retrain")):
+            for name, queue in (("worker", MODERATE_QUEUE), ("trainer", RETRAIN_QUEUE)):
                 with signals.deferred():
-                    services.append(_start(name, module, queue))
+                    services.append(_start(name, queue))
             _wait_until_ready(services)
-            yield
+            yield services
         finally:
             try:
                 # A signal from here on is a repeated one; one that comes before it still finds the stop below.
@@ -130,14 +137,15 @@ class _Signals:
         raise SystemExit(128 + self._received)
 
 
-def _start(name: str, module: str, queue: str) -> Service:
+def _start(name: str, queue: str) -> Service:
     LOG_DIRECTORY.mkdir(parents=True, exist_ok=True)
     log = LOG_DIRECTORY / f"{name}.log"
     # What the README tells people to run: celery -A worker worker -Q toxicity
-    command = [sys.executable, "-m", "celery", "-A", module, "worker", "-Q", queue]
+    command = [sys.executable, "-m", "celery", "-A", name, "worker", "-Q", queue]
     with log.open("ab") as output:
         return Service(
             name,
+            queue,
             subprocess.Popen(
                 [*command, "-n", f"{name}@%h", "--loglevel", "INFO"],
                 cwd=ROOT,
@@ -150,6 +158,7 @@ def _start(name: str, module: str, queue: str) -> Service:
             ),
             log,
             output.tell(),
+            time.monotonic(),
         )
 
 
@@ -183,10 +192,22 @@ def _check_alive(services: list[Service]) -> None:
             raise Problem(f"the {service.name} ended with status {status}; {service.log} says:\n{service.last_lines()}")
 
 
-def wait_while_running() -> None:
-    """Sleep until a signal ends the system."""
+def keep_running(services: list[Service]) -> None:
+    """Until a signal ends the system, start what dies again: what it held comes back to it.
+
+    Raises:
+        Problem: a process died soon after its start, so another start would be in vain.
+    """
     while True:
-        signal.pause()
+        time.sleep(WATCH_S)
+        for index, service in enumerate(services):
+            if service.process.poll() is None:
+                continue
+            if time.monotonic() - service.started_at < SHORTEST_LIFE_S:
+                _check_alive([service])
+            service.send(signal.SIGKILL)  # a child of its pool may be left
+            say(f"the {service.name} ended with status {service.process.returncode}; starting it again")
+            services[index] = _start(service.name, service.queue)
 
 
 def _kill(services: list[Service]) -> None:

@@ -1,5 +1,6 @@
 """Commands on the system itself: its state, its database, running all of it on this machine."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     with ModerationClient() as client:
         state = client.status()
     if as_json:
-        print_json(state)
+        print_json({**asdict(state), "active_version": state.active.version if state.active else None})
     else:
         for name, value in _lines(state):
             out.print(Text(f"{name:<14}{value}"), soft_wrap=True)
@@ -40,8 +41,8 @@ def _lines(state: "Status") -> list[tuple[str, str]]:
         ("workers", ", ".join(state.workers) or "none answers"),
         ("trainers", ", ".join(state.trainers) or "none answers"),
     ]
-    if state.queued_messages is not None:
-        lines.append(("queue", f"{state.queued_messages} messages wait, workers hold {state.held_messages}"))
+    if state.queue_depth is not None:
+        lines.append(("queue", f"{state.queue_depth} messages wait, workers hold {state.held_messages}"))
     if state.active is not None:
         active = state.active
         by = f"{active.version}, by {active.activated_by} at {shown(active.activated_at)}: {active.reason}"
@@ -68,11 +69,11 @@ def up() -> None:
 
     Example: moderato up
     """
-    from cli.embedded_system import LOG_DIRECTORY, embedded_system, wait_while_running
+    from cli.embedded_system import LOG_DIRECTORY, embedded_system, keep_running
     from config.settings import settings, without_password
 
     chosen = settings()
-    with embedded_system(chosen):
+    with embedded_system(chosen) as services:
         say(
             f"worker and trainer are running; Ctrl-C stops them\n\n"
             f"  broker    {without_password(chosen.broker_url)}\n"
@@ -85,7 +86,7 @@ def up() -> None:
             "  moderato retrain --set max_rows=300 --set epochs=1 --follow\n"
             "  moderato models"
         )
-        wait_while_running()
+        keep_running(services)
 
 
 def demo() -> None:

@@ -95,7 +95,7 @@ class TestSubmitting:
         # Then their ids are on stdout, and one message waits
         first, second = done.stdout.split()
         assert (first[-2:], second[-2:]) == (":0", ":1")
-        assert client.status().queued_messages == 1
+        assert client.status().queue_depth == 1
 
     def test_a_csv(self, moderato: Moderato, client: ModerationClient, tmp_path: Path) -> None:
         # Given a CSV as spreadsheets write it, of more comments than one message holds
@@ -105,7 +105,7 @@ class TestSubmitting:
             "submit", "--file", str(tmp_path / "c.csv"), "--text-column", "body", "--id-column", "key", "--json"
         )
         assert len(json_lines(done.stdout)) == 100
-        assert client.status().queued_messages == 2
+        assert client.status().queue_depth == 2
 
     def test_json_lines_from_standard_input(self, moderato: Moderato) -> None:
         lines = '{"text": "one", "idempotency_key": "my-1"}\n\n"two"\n'
@@ -152,7 +152,7 @@ class TestReading:
         [state] = json_lines(moderato("status", "--json").stdout)
         assert state["broker_url"] == redis_url
         assert state["database_url"] == sqlite_url
-        assert (state["workers"], state["queued_messages"], state["active"]) == ([], 0, None)
+        assert (state["workers"], state["queue_depth"], state["active"]) == ([], 0, None)
 
     def test_status_without_a_broker_says_so_and_tells_the_rest(self, sqlite_url: str) -> None:
         moderato = Moderato(MODERATO_BROKER_URL="redis://:secret@127.0.0.1:1/0", MODERATO_DATABASE_URL=sqlite_url)

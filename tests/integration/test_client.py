@@ -402,7 +402,7 @@ class TestStatus:
         status = client.status()
         assert status.problems == []
         assert (status.workers, status.trainers) == ([], [])
-        assert (status.queued_messages, status.held_messages) == (3, 0)
+        assert (status.queue_depth, status.held_messages) == (3, 0)
         assert status.active is not None and status.active.version == "v2"
         assert [(load.worker, load.version, load.error) for load in status.loads] == [("worker@a", "v1", "damaged")]
         assert status.totals is not None and status.totals.actions == {"hide": 1}
@@ -412,7 +412,7 @@ class TestStatus:
         # Given a Redis, but a database without tables
         with ModerationClient(redis_url, empty_sqlite_url) as client:
             status = client.status()
-        assert status.queued_messages == 0
+        assert status.queue_depth == 0
         assert status.totals is None
         assert len(status.problems) == 1 and "moderato db upgrade" in status.problems[0]
 
