@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from api_client.client import ModerationClient
+from cli.embedded_system import SHORTEST_LIFE_S
 from config.names import LABELS
 from config.settings import ROOT
 from db import queries
@@ -306,6 +308,20 @@ class TestRunningEverything:
         running.communicate(timeout=60)
         assert running.returncode == status
         wait_until(lambda: not any(map(is_running, started)), timeout_s=30, what="the end of every process")
+
+    def test_a_worker_that_dies_is_started_again(
+        self, running: "subprocess.Popen[str]", moderato: Moderato, client: ModerationClient
+    ) -> None:
+        # Given the running system, for long enough that a death is no failed start
+        wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
+        [worker] = [pid for pid in children(running.pid) if "worker@" in Path(f"/proc/{pid}/cmdline").read_text()]
+        started = time.monotonic()
+        wait_until(lambda: time.monotonic() - started > SHORTEST_LIFE_S, what="the worker's age")
+        # When its worker is killed
+        os.kill(worker, signal.SIGKILL)
+        # Then another one decides what comes
+        assert json_lines(moderato("submit", "hello", "--wait", "--json").stdout)[0]["model_version"] == VERSION
+        assert worker not in children(running.pid)
 
     def test_an_impatient_user_leaves_nothing_behind_either(
         self, running: "subprocess.Popen[str]", client: ModerationClient
