@@ -143,8 +143,8 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     manifest = load_scorer(settings.versions_dir / row.version, device="cpu", threads=1).manifest
     assert manifest.parent == "v1"
     assert manifest.settings["epochs"] == 2
-    assert manifest.dataset["training"]["rows"] == 64 + 4 * 2
-    assert manifest.dataset["training"]["positives"]["threat"] >= 4 * 2
+    assert manifest.dataset["training"]["rows"] == 64 + 2 * 2
+    assert manifest.dataset["training"]["positives"]["threat"] >= 2 * 2
     assert manifest.dataset["training"]["sha256"] == row.dataset_sha256
     assert manifest.metrics["holdout_int8"] == row.metrics["candidate"]
     # And it is registered as it is on disk
