@@ -112,7 +112,7 @@ def _cpu_multiplies_bf16() -> bool:
 def _keep_freed_memory() -> None:
     """Let this process reuse large blocks rather than return each to the system and fault it in again.
 
-    A step on a CPU allocates and frees its activations; on glibc's defaults a third of its time goes to that.
+    A step on a CPU allocates and frees its activations; on glibc's defaults a sixth of its time goes to that.
     https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     libc = ctypes.CDLL(None)

@@ -62,8 +62,8 @@ def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System
         wait_for_decision_by(system, "v1")
 
         # When someone asks for a retrain
-        run_id = system.client.retrain(requested_by="the test", epochs=4)
-        # Then its row shows how it goes
+        run_id = system.client.retrain(requested_by="the test", epochs=40)
+        # Then its row shows how it goes, for long enough that a look cannot miss it
         states, steps = ["requested"], [0]
         answered = False
 
@@ -75,7 +75,7 @@ def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System
             if row.step is not None and row.step != steps[-1]:
                 steps.append(row.step)
             # And the trainer answers meanwhile
-            if row.state == "running" and not answered:
+            if row.step is not None and not answered:
                 workers, trainers = system.client.nodes()
                 assert (workers, trainers) == ([worker.node], [trainer.node])
                 answered = system.run(run_id).state == "running"
