@@ -37,7 +37,6 @@ ACTIVATION_CHANGED = "activation_changed"
 SUBMITTED_AT_HEADER = "submitted_at"
 """Message header: when the producer submitted, seconds since the epoch. Optional."""
 
-CONTRACT_VERSION = 1
 MAX_COMMENTS_PER_MESSAGE = 256
 MAX_TEXT_BYTES = 20_480
 """Longest text in bytes of UTF-8: what the Perspective API allowed."""
