@@ -1,5 +1,7 @@
 """The engine and the scopes of a transaction. Owns what differs between SQLite and PostgreSQL at connection time."""
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +76,7 @@ def _open_sqlite(url: URL) -> Engine:
     def configure(driver_connection: Any, _record: Any) -> None:
         # The driver's own BEGIN comes late (before the first write) and is never IMMEDIATE: `begin` below does it.
         driver_connection.isolation_level = None
-        driver_connection.execute("PRAGMA journal_mode = WAL")
+        _use_write_ahead_log(driver_connection)
         driver_connection.execute("PRAGMA foreign_keys = ON")
 
     @event.listens_for(engine, "begin")
@@ -85,3 +87,18 @@ def _open_sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _use_write_ahead_log(driver_connection: sqlite3.Connection) -> None:
+    """Let readers and one writer work side by side. The file remembers it, so only the first connection changes it."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            driver_connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # The busy timeout does not cover this change: of two processes that open a new file at once, SQLite
+            # refuses one on the spot.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -1,5 +1,6 @@
 """Transactions on both databases, and which errors are worth another try with the same data."""
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -57,6 +58,21 @@ class TestSqlite:
         with reading(engine) as connection:
             assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
         assert (tmp_path / "a" / "b" / "moderato.db").exists()
+        engine.dispose()
+
+    def test_a_new_file_that_another_process_is_writing_is_waited_for(self, tmp_path: Path) -> None:
+        # Given a file without a write-ahead log yet, in which another process writes
+        other = sqlite3.connect(tmp_path / "moderato.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        finish = threading.Timer(0.3, other.execute, ("COMMIT",))
+        finish.start()
+        # When it is opened
+        engine = open_database(f"sqlite:///{tmp_path}/moderato.db")
+        with reading(engine) as connection:
+            # Then it is opened once the other has finished
+            assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+        finish.join()
+        other.close()
         engine.dispose()
 
     def test_a_reader_sees_one_state_and_holds_no_writer_back(self, sqlite_url: str) -> None:
