@@ -13,12 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from config.settings import TrainerSettings
-from model.batching import plan_batches
-from model.engine import Scorer, Scores, load_scorer
+from model.engine import Scorer, load_scorer
 from model.network import ToxicityNetwork
-from model.onnx_engine import OnnxEngine, pad
+from model.onnx_engine import OnnxEngine
 from model.text import TOKENIZER_FILE, TextEncoder
-from model.torch_engine import load_network
+from model.torch_engine import TorchEngine, load_network
 from model.version import (
     ENCODER_FILE,
     ONNX_FILE,
@@ -119,11 +118,6 @@ def train_version(
         export_int8(network, _calibration(text_encoder, training, settings), written / ONNX_FILE)
 
         report(Progress("evaluating"))
-        torch_scores = _torch_scores(network, text_encoder, [*holdout.texts, *PROBE_TEXTS])
-        probes = [
-            {"text": text, "torch_scores": _floats(row), "onnx_scores": None}
-            for text, row in zip(PROBE_TEXTS, torch_scores[len(holdout) :], strict=True)
-        ]
         facts: dict[str, Any] = {
             "version": version,
             "parent": start.parent,
@@ -136,10 +130,18 @@ def train_version(
             "metrics": {},
             "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
         }
-        onnx = Scorer(write_manifest(written, facts), text_encoder, OnnxEngine(written, torch.get_num_threads()))
-        onnx_scores = onnx.score_texts([*holdout.texts, *PROBE_TEXTS])
-        for probe, row in zip(probes, onnx_scores[len(holdout) :], strict=True):
-            probe["onnx_scores"] = _floats(row)
+        unproven = write_manifest(written, facts)
+        threads = torch.get_num_threads()
+        torch_scores, onnx_scores = (
+            Scorer(unproven, text_encoder, engine).score_texts([*holdout.texts, *PROBE_TEXTS])
+            for engine in (TorchEngine(written, "cpu", threads), OnnxEngine(written, threads))
+        )
+        probes = [
+            {"text": text, "torch_scores": _floats(torch_row), "onnx_scores": _floats(onnx_row)}
+            for text, torch_row, onnx_row in zip(
+                PROBE_TEXTS, torch_scores[len(holdout) :], onnx_scores[len(holdout) :], strict=True
+            )
+        ]
         shipped = measure(onnx_scores[: len(holdout)], holdout)
         reference = measure(torch_scores[: len(holdout)], holdout)
         metrics = {
@@ -156,18 +158,6 @@ def train_version(
 def _calibration(text_encoder: TextEncoder, training: Dataset, settings: TrainerSettings) -> list[list[int]]:
     drawn = np.random.default_rng(settings.seed).permutation(len(training))[: settings.calibration_texts]
     return [encoded.ids for encoded in text_encoder.encode([training.texts[int(index)] for index in drawn])]
-
-
-@torch.inference_mode()
-def _torch_scores(network: ToxicityNetwork, text_encoder: TextEncoder, texts: list[str]) -> Scores:
-    """The stored weights in fp32: what the int8 form is compared with."""
-    encoded = text_encoder.encode(texts)
-    scores = np.empty((len(texts), 6), dtype=np.float32)
-    network.eval()
-    for batch in plan_batches([len(item.ids) for item in encoded], 2048):
-        ids, mask = (torch.from_numpy(array) for array in pad([encoded[index].ids for index in batch]))
-        scores[batch] = network(ids, mask)["logits"].sigmoid().numpy()
-    return scores
 
 
 def _floats(row: np.ndarray) -> list[float]:
