@@ -97,6 +97,8 @@ def evaluate(
     from trainer.evaluation import measure
 
     rows = read_csv(source)
+    if not len(rows):
+        raise Problem(f"{source} has no rows")
     scorer = load_scorer(find_version(version), engine=engine, threads=settings().worker.threads)
     say(f"version {scorer.version}, {scorer.engine.description}")
     with progress(f"scoring {source.name}", len(rows)) as update:
@@ -104,9 +106,7 @@ def evaluate(
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             parts.append(scorer.score_texts(rows.texts[start : start + ROWS_PER_CHUNK]))
             update(min(start + ROWS_PER_CHUNK, len(rows)))
-    evaluation = measure(np.concatenate(parts), rows).as_dict() if parts else None
-    if evaluation is None:
-        raise Problem(f"{source} has no rows")
+    evaluation = measure(np.concatenate(parts), rows).as_dict()
     if as_json:
         print_json({"version": scorer.version, "engine": scorer.engine.description, **evaluation})
     else:

@@ -198,13 +198,12 @@ def _read(file: str, text_column: str, id_column: str) -> Iterator[dict[str, Any
         yield from _json_lines(sys.stdin, "standard input")
         return
     path = Path(file)
-    read = {".csv": _csv_rows, ".jsonl": _json_lines}.get(path.suffix)
-    if read is None:
+    if path.suffix not in (".csv", ".jsonl"):
         raise Problem(f"{file} must end in .csv or .jsonl, or be - for JSON lines from standard input")
     try:
         # utf-8-sig also reads a file without the mark that spreadsheets write.
         with path.open(encoding="utf-8-sig", newline="") as opened:
-            if read is _csv_rows:
+            if path.suffix == ".csv":
                 yield from _csv_rows(opened, file, text_column, id_column)
             else:
                 yield from _json_lines(opened, file)

@@ -40,7 +40,7 @@ def say(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """One line of JSON on stdout; dataclasses as objects, times in ISO 8601."""
-    print(json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value, default=_json))
+    print(json.dumps(value, default=_json))
 
 
 def _json(value: object) -> object:

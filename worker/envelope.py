@@ -9,6 +9,7 @@ import json
 import zlib
 from typing import Any
 
+from config.comment import shown
 from config.names import MODERATE_TASK
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -51,7 +52,7 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
     for ours in (MALFORMED_HEADER, MALFORMED_BYTES_HEADER):
         headers.pop(ours, None)  # a producer's would be taken for our own word
     if envelope.get("content-type") != "application/json":
-        raise MalformedMessage(f"content type {_shown(envelope.get('content-type'))}: only application/json is read")
+        raise MalformedMessage(f"content type {shown(envelope.get('content-type'))}: only application/json is read")
     body = _decode(envelope.get("body"), properties.get("body_encoding"))
     # Both are undone here: kombu would do it again, without a bound on what comes out.
     envelope["body"] = _decompress(body, headers.pop("compression", None))
@@ -69,14 +70,14 @@ def _decode(body: object, encoding: object) -> bytes:
             return body.encode()
     except ValueError:
         raise MalformedMessage(f"the body is not {encoding or 'utf-8'}, as its body_encoding says") from None
-    raise MalformedMessage(f"body_encoding {_shown(encoding)}: only base64 and utf-8 are read")
+    raise MalformedMessage(f"body_encoding {shown(encoding)}: only base64 and utf-8 are read")
 
 
 def _decompress(body: bytes, compression: object) -> bytes:
     if compression is None:
         return body
     if compression != "application/x-gzip":
-        raise MalformedMessage(f"compression {_shown(compression)}: only zlib is read")
+        raise MalformedMessage(f"compression {shown(compression)}: only zlib is read")
     decompressor = zlib.decompressobj()
     try:
         plain = decompressor.decompress(body, MAX_MESSAGE_BYTES)
@@ -85,10 +86,6 @@ def _decompress(body: bytes, compression: object) -> bytes:
     if not decompressor.eof:
         raise MalformedMessage(f"the compressed body is cut short, or holds more than {MAX_MESSAGE_BYTES} bytes")
     return plain
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:100]
 
 
 def malformed_envelope(raw: bytes, reason: str) -> dict[str, Any]:
