@@ -1,13 +1,22 @@
 """Rows that the database tests write: complete, and different only where a test says so."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
 
-from db.queries import DeadLetterRow, ScoredSubmission, register_version, store_policy
+from db.queries import (
+    DeadLetterRow,
+    ScoredSubmission,
+    record_dead_letters,
+    record_decisions,
+    register_version,
+    store_policy,
+)
+from db.session import open_database, writing
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 POLICY = "allow: everything\n"
@@ -72,3 +81,13 @@ def prepare(connection: Connection, *versions: str) -> None:
     store_policy(connection, POLICY, now=NOON)
     for version in versions:
         register_version(connection, {"version": version, "parent": None}, NOON)
+
+
+def decide(database_url: str, *rows: ScoredSubmission, letters: Sequence[DeadLetterRow] = ()) -> None:
+    """Write what a worker would."""
+    engine = open_database(database_url)
+    with writing(engine) as connection:
+        prepare(connection, "v1", "v2")
+        record_decisions(connection, rows)
+        record_dead_letters(connection, letters)
+    engine.dispose()

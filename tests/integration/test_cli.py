@@ -20,7 +20,7 @@ from config.settings import ROOT
 from db import queries
 from db.session import open_database, writing
 from model.engine import load_scorer
-from tests.integration.rows import letter, minutes, prepare, scored
+from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
 from tests.tiny import write_tiny_version
 
@@ -74,16 +74,6 @@ def moderato(redis_url: str, sqlite_url: str, versions_dir: Path) -> Moderato:
 def client(redis_url: str, sqlite_url: str) -> Iterator[ModerationClient]:
     with ModerationClient(redis_url, sqlite_url) as client:
         yield client
-
-
-def decide(database_url: str, *rows: queries.ScoredSubmission) -> None:
-    """What a worker would write."""
-    engine = open_database(database_url)
-    with writing(engine) as connection:
-        prepare(connection, "v1", "v2")
-        queries.record_decisions(connection, rows)
-        queries.record_dead_letters(connection, [letter("gone")])
-    engine.dispose()
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
@@ -144,7 +134,7 @@ class TestReading:
         assert done.stderr == "moderato: submission 'nobody' has no decision to review\n"
 
     def test_dead_letters_show_the_reason_and_never_the_payload(self, moderato: Moderato, sqlite_url: str) -> None:
-        decide(sqlite_url)
+        decide(sqlite_url, letters=[letter("gone")])
         assert "text is empty" in moderato("dead-letters").stdout
         [row] = json_lines(moderato("dead-letters", "--json").stdout)
         assert row["dead_letter_id"] == "gone"

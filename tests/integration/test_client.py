@@ -31,7 +31,7 @@ from db import queries
 from db.migrate import SchemaMismatch
 from db.queries import NoSuchDecision, NoSuchVersion
 from db.session import DatabaseProblem, open_database, writing
-from tests.integration.rows import NOON, letter, minutes, prepare, scored
+from tests.integration.rows import NOON, decide, letter, minutes, scored
 from tests.services import wait_until
 
 NOWHERE = "redis://:secret@127.0.0.1:1/0"
@@ -48,15 +48,6 @@ def producer(redis_url: str, empty_sqlite_url: str) -> Iterator[ModerationClient
     """A client that only submits: its database has no tables, and is never asked."""
     with ModerationClient(redis_url, empty_sqlite_url) as client:
         yield client
-
-
-def decide(database_url: str, *rows: queries.ScoredSubmission) -> None:
-    """What a worker would write."""
-    engine = open_database(database_url)
-    with writing(engine) as connection:
-        prepare(connection, "v1", "v2")
-        queries.record_decisions(connection, rows)
-    engine.dispose()
 
 
 def received(url: str, queue: str = "toxicity") -> list[tuple[Any, Message]]:
@@ -204,10 +195,7 @@ class TestSubmittingMany:
 class TestWaiting:
     def test_until_each_is_decided_or_dead(self, client: ModerationClient, database_url: str) -> None:
         # Given one dead letter, and a worker that decides the other a moment later
-        engine = open_database(database_url)
-        with writing(engine) as connection:
-            queries.record_dead_letters(connection, [letter("b")])
-        engine.dispose()
+        decide(database_url, letters=[letter("b")])
         seen: list[tuple[int, int]] = []
         worker = threading.Timer(0.3, decide, (database_url, scored("a")))
         worker.start()
