@@ -1,7 +1,9 @@
 """The contract of one comment: what a producer may send. Client and worker check it with the same words. Pure."""
 
 import json
+from collections.abc import Iterable
 from datetime import datetime
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -10,18 +12,21 @@ from config.names import DEFAULT_COMMUNITY, MAX_CONTEXT_BYTES, MAX_ID_CHARS, MAX
 
 MAX_CONTEXT_NESTING = 32
 """Levels of lists and objects. Deeper ones can be read, but not surely be written again."""
+CONTEXT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _storable(value: str) -> str:
     if "\x00" in value:
         raise ValueError("holds a NUL character, which databases cannot store; remove it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("holds a lone surrogate, which is no Unicode text; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is no Unicode text; remove it") from None
     return value
 
 
 def _text(value: str) -> str:
-    if not value.strip():
+    if not value or value.isspace():
         raise ValueError("is empty; a comment needs text to be scored")
     if (length := len(value.encode())) > MAX_TEXT_BYTES:
         raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
@@ -38,7 +43,7 @@ def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
         if is_nested_deeper_than(MAX_CONTEXT_NESTING, value):
             raise ValueError(f"is nested more than {MAX_CONTEXT_NESTING} levels deep")
         try:
-            document = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            document = CONTEXT_JSON.encode(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot be written as JSON: {error}") from None
         encoded = _storable(document.replace(r"\u0000", "\x00")).encode()
@@ -65,11 +70,15 @@ Time = Annotated[AwareDatetime, AfterValidator(_plausible), Field(strict=False)]
 
 def is_nested_deeper_than(levels: int, value: object) -> bool:
     """Whether lists and objects in a JSON value stand in each other more often than this; itself not recursive."""
-    level = [value]
-    for _ in range(levels):
-        containers = [node for node in level if isinstance(node, dict | list)]
-        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
-    return any(isinstance(node, dict | list) for node in level)
+    containers = _containers([value])
+    while containers and levels:
+        children = (node.values() if isinstance(node, dict) else node for node in containers)
+        containers, levels = _containers(chain.from_iterable(children)), levels - 1
+    return bool(containers)
+
+
+def _containers(values: Iterable[object]) -> list[dict[str, object] | list[object]]:
+    return [value for value in values if isinstance(value, (dict, list))]
 
 
 class Comment(BaseModel):

@@ -320,6 +320,40 @@ def test_each_comment_is_submitted_or_refused_once(comments: list[Any]) -> None:
     assert sorted(seen) == [f"m:{index}" for index in range(len(comments))]
 
 
+@given(st.lists(any_comment(ANY_TEXT), min_size=1, max_size=5))
+def test_a_comment_is_the_same_in_an_unusual_message(comments: list[Any]) -> None:
+    # Given one that is read step by step, as a callback is set, and not in one pass
+    unusual = json.dumps([[comments], {}, {"callbacks": []}]).encode()
+    # Then what came of it is the same, to the last type
+    assert repr(parse(*comments)) == repr(parse_body(unusual))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'[[[{"text": "a", "store_text": true, "store_text": false}]], {}, {}]',
+        b'[[[{"text": "a", "text": "b"}]], {}, {}]',
+        b'[[[{"text": "a", "context": {"a": 1, "a": 2}}]], {}, {}]',
+        b'[[[{"text": "a", "context": {"a": 123456789012345678901234567890, "b": -0, "c": 1E5, "d": 0.1}}]], {}, {}]',
+        b'[[[{"text": "a", "id": 123456789012345678901234567890}]], {}, {}]',
+        b'[[[{"text": "a", "id": ' + b"1" * 10_000 + b"}]], {}, {}]",
+        b'[[[{"text": "a", "context": {"a": 1e999}}]], {}, {}]',
+        b'[[[{"text": "a", "context": {"a": Infinity}}]], {}, {}]',
+        b'[[[{"text": "a", "v": 1.0}]], {}, {}]',
+        b'[[[{"text": "a", "created_at": 1763812800}]], {}, {}]',
+        b'[[[{"text": "\\ud83d\\ude42\\/"}]], {}, {}]',
+        b'[[[{"text": "\\ud83d"}, {"text": "a"}]], {}, {}]',
+        b'[[[{"text": "a\tb"}]], {}, {}]',
+        b' [ [[{"text":"a"}]],{},{} ]\r\n',
+        b'\xef\xbb\xbf[[[{"text": "a"}]], {}, {}]',
+    ],
+)
+def test_json_s_odd_corners_are_the_same_too(body: bytes) -> None:
+    usual, unusual = parse_body(body), parse_body(body.replace(b"{}, {}]", b'{}, {"chain": []}]'))
+    assert repr(usual.submitted) == repr(unusual.submitted)
+    assert [(one.reason, one.detail) for one in usual.refused] == [(one.reason, one.detail) for one in unusual.refused]
+
+
 @given(st.lists(any_comment(ANY_TEXT_MARKED), min_size=1, max_size=5))
 def test_no_detail_quotes_a_comment(comments: list[Any]) -> None:
     for refused in parse(*comments).refused:
