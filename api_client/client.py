@@ -19,20 +19,18 @@ from celery import Celery
 from kombu import Connection as BrokerConnection
 from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
-from kombu.pools import ProducerPool
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from api_client.publishing import push
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
     MODERATE_QUEUE,
-    MODERATE_TASK,
     RETRAIN_QUEUE,
     RETRAIN_TASK,
-    SUBMITTED_AT_HEADER,
     TRAINER_CONTROL_EXCHANGE,
     WORKER_CONTROL_EXCHANGE,
     WORKER_UNACKED_KEY,
@@ -210,7 +208,8 @@ class ModerationClient:
 
         # Our own pools: Celery's are shared by every app with the same URL in the process, and are not ours to close.
         self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
-        self._producers = ProducerPool(self._connections, limit=MAX_CONNECTIONS)
+        # Waiting for answers leaves a BRPOP in flight, whose reply the next command there would take for its own.
+        self._asking_connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
 
     def __enter__(self) -> Self:
         return self
@@ -222,7 +221,7 @@ class ModerationClient:
 
     def close(self) -> None:
         """Close every connection."""
-        self._producers.force_close_all()
+        self._asking_connections.force_close_all()
         self._connections.force_close_all()
         self._app.close()
         self._engine.dispose()
@@ -244,7 +243,7 @@ class ModerationClient:
         store_text: bool = True,
         queue: str = MODERATE_QUEUE,
     ) -> str:
-        """Send one comment to be moderated; for many, `submit_many` is a hundred times faster.
+        """Send one comment to be moderated; for many, `submit_many` is ten times faster.
 
         Args:
             text: 1 to 20,480 bytes of UTF-8.
@@ -256,6 +255,8 @@ class ModerationClient:
             context: up to 4 KiB of JSON, stored beside the decision and never scored.
             idempotency_key: names this submission, so that the same one sent twice is decided once.
             store_text: false keeps the text out of the database.
+            queue: `toxicity.interactive` where the author waits for the decision, `toxicity.bulk` where it may wait.
+                Only a worker whose `-Q` names a queue takes from it.
 
         Returns:
             The submission's id: the idempotency key, or one made here.
@@ -292,6 +293,7 @@ class ModerationClient:
 
         Args:
             comments: texts, or mappings with the arguments of `submit` as keys.
+            queue: as for `submit`.
             on_sent: is given the ids of each step as it is sent, in the order of the comments.
 
         Returns:
@@ -316,19 +318,8 @@ class ModerationClient:
         submitted_at = time.time()
 
         def publish() -> None:
-            with self._producers.acquire(block=True) as producer, producer.batch(len(messages)):
-                for task_id, listed in messages:
-                    self._app.send_task(
-                        MODERATE_TASK,
-                        [listed],
-                        task_id=task_id,
-                        queue=queue,
-                        headers={SUBMITTED_AT_HEADER: submitted_at},
-                        # Celery's own would put the texts into the headers, and from there into other people's logs.
-                        argsrepr=f"({len(listed)} comments,)",
-                        producer=producer,
-                        ignore_result=True,
-                    )
+            with self._connections.acquire(block=True) as broker:
+                push(self._app, broker, queue, messages, submitted_at)
 
         self._with_broker(
             publish,
@@ -458,9 +449,9 @@ class ModerationClient:
             )
 
         def request() -> None:
-            with self._producers.acquire(block=True) as producer:
+            with self._connections.acquire(block=True) as broker:
                 self._app.send_task(
-                    RETRAIN_TASK, [run_id], task_id=run_id, queue=RETRAIN_QUEUE, producer=producer, ignore_result=True
+                    RETRAIN_TASK, [run_id], task_id=run_id, queue=RETRAIN_QUEUE, connection=broker, ignore_result=True
                 )
 
         try:
@@ -591,7 +582,7 @@ class ModerationClient:
         return workers, trainers
 
     def _ping(self, exchange: str) -> list[str]:
-        with self._connections.acquire(block=True) as broker:
+        with self._asking_connections.acquire(block=True) as broker:
             replies = _mailbox(exchange, broker).multi_call("ping", timeout=PING_TIMEOUT_S)
         return sorted(node for reply in replies for node in reply)
 

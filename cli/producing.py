@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import Problem, out, print_json, progress, say, shorten, shown, user
-from config.names import LABELS, MAX_TEXT_BYTES, Action
+from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, LABELS, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
     from db.queries import Result
@@ -33,6 +33,13 @@ def submit(
     text_column: Annotated[str, typer.Option(help="Column of the CSV that holds the texts.")] = "comment_text",
     id_column: Annotated[str, typer.Option(help="Column of the CSV with your ids, where it has one.")] = "id",
     community: Annotated[str | None, typer.Option(help="Selects the policy that decides.")] = None,
+    queue: Annotated[
+        str,
+        typer.Option(
+            help=f"{INTERACTIVE_QUEUE} where the author waits for the decision, {BULK_QUEUE} where it may wait. "
+            "Only a worker whose -Q names a queue takes from it."
+        ),
+    ] = MODERATE_QUEUE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the decisions and show them.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
@@ -41,7 +48,7 @@ def submit(
 
     Example: moderato submit "You are right, thank you." "You are an idiot." --wait
 
-    Example: moderato submit --file samples/comments.csv --community news
+    Example: moderato submit --file samples/comments.csv --community news --queue toxicity.bulk
     """
     if bool(texts) == bool(file):
         raise Problem("give either texts or --file: moderato submit 'You are right.' or moderato submit --file c.csv")
@@ -68,7 +75,7 @@ def submit(
                 else:
                     print("\n".join(new))
 
-            client.submit_many(comments, on_sent=on_sent)
+            client.submit_many(comments, queue=queue, on_sent=on_sent)
         if not wait:
             return
         with progress("deciding", len(ids)) as update:

@@ -16,7 +16,15 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
+INTERACTIVE_QUEUE = "toxicity.interactive"
+"""For comments whose author waits for the decision."""
 MODERATE_QUEUE = "toxicity"
+INTERACTIVE_QUEUE = f"{MODERATE_QUEUE}.interactive"
+"""Preferred to the ordinary queue by a worker that is given both: for comments whose authors wait."""
+BULK_QUEUE = f"{MODERATE_QUEUE}.bulk"
+"""Taken from when the others are empty, and now and then when they are not: for archives."""
+BULK_QUEUE = "toxicity.bulk"
+"""For comments that may wait, such as an archive."""
 RETRAIN_QUEUE = "retrain"
 
 MODERATE_TASK = "worker.moderate"
@@ -33,6 +41,8 @@ TRAINER_UNACKED_KEY = "moderato.trainer.unacked"
 
 ACTIVATION_CHANGED = "activation_changed"
 """Remote-control command that tells a worker to look at the newest `activations` row now."""
+PIPELINE_STATS = "pipeline_stats"
+"""Remote-control command that a worker answers with its pipeline's counters."""
 
 SUBMITTED_AT_HEADER = "submitted_at"
 """Message header: when the producer submitted, seconds since the epoch. Optional."""

@@ -2,22 +2,30 @@
 
 import itertools
 import json
+import select
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from celery import Celery
+from celery.signals import before_task_publish
 from kombu import Connection, Consumer, Message, Queue
 from kombu.pidbox import Mailbox
+from redis import Redis
 
 from api_client.client import (
+    MAX_CONNECTIONS,
     BrokerUnavailable,
     InvalidComment,
     ModerationClient,
@@ -25,6 +33,7 @@ from api_client.client import (
     RefusedByGate,
     WaitTimeout,
 )
+from api_client.publishing import push
 from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError
 from db import queries
@@ -57,6 +66,48 @@ def received(url: str, queue: str = "toxicity") -> list[tuple[Any, Message]]:
         while message := Queue(queue)(channel).get(no_ack=True):
             messages.append((message.payload, message))
     return messages
+
+
+def envelopes(redis: Redis) -> list[Any]:
+    """What waits in the queue, oldest first, as it lies there."""
+    return [json.loads(raw) for raw in reversed(redis.lrange("toxicity", 0, -1))]
+
+
+def bindings(redis: Redis) -> dict[Any, Any]:
+    """Everything but the messages: how kombu's exchanges lead to queues."""
+    return {key: redis.smembers(key) for key in redis.scan_iter() if key != b"toxicity"}
+
+
+@contextmanager
+def losing_first_answer_to_a_push(redis_url: str) -> Iterator[int]:
+    """A port on which Redis answers, but that the first connection to push something is cut before its answer."""
+    lost = threading.Event()
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(socket.AF_UNIX) as redis:
+                redis.connect(redis_url.removeprefix("redis+socket://"))
+                pushed = False
+                while True:
+                    ready, _, _ = select.select([self.request, redis], [], [])
+                    if redis in ready:
+                        answer = redis.recv(65_536)
+                        if pushed and not lost.is_set():
+                            lost.set()
+                            return
+                        self.request.sendall(answer)
+                    if self.request in ready:
+                        if not (asked := self.request.recv(65_536)):
+                            return
+                        pushed = pushed or b"LPUSH" in asked
+                        redis.sendall(asked)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+    assert lost.is_set()
 
 
 class TestSubmitting:
@@ -114,6 +165,116 @@ class TestSubmitting:
         # Then the error says where it should be
         assert "redis://:***@127.0.0.1:1/0" in str(raised.value)
         assert "secret" not in str(raised.value)
+
+
+class TestTheWireForm:
+    def test_is_that_of_celerys_send_task_field_by_field(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given a comment submitted by the client
+        producer.submit("hello", id="7")
+        with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+            [ours], our_bindings = envelopes(redis), bindings(redis)
+            # And the same message sent by plain Celery to an empty Redis
+            redis.flushall()
+            with Celery(broker=redis_url, set_as_current=False) as plain:
+                plain.send_task(
+                    "worker.moderate",
+                    [[{"text": "hello", "id": "7", "store_text": True}]],
+                    task_id=ours["headers"]["id"],
+                    queue="toxicity",
+                    headers={"submitted_at": ours["headers"]["submitted_at"]},
+                    ignore_result=True,
+                )
+            [stock], stock_bindings = envelopes(redis), bindings(redis)
+        # Then they differ in nothing but two ids that Celery draws: the app's address for replies, and the delivery's
+        for drawn in ("reply_to", "delivery_tag"):
+            assert UUID(ours["properties"].pop(drawn)) != UUID(stock["properties"].pop(drawn))
+        # And in that Celery's words for the arguments would show the comment
+        assert "hello" in stock["headers"].pop("argsrepr")
+        assert ours["headers"].pop("argsrepr") == "(1 comments,)"
+        assert ours == stock
+        # And Redis knows of the same queues and bindings
+        assert our_bindings == stock_bindings
+
+    def test_many_messages_arrive_in_their_order(self, producer: ModerationClient, redis_url: str) -> None:
+        producer.submit_many(map(str, range(200)))
+        lists = [body[0][0] for body, _ in received(redis_url)]
+        assert [comment["text"] for listed in lists for comment in listed] == list(map(str, range(200)))
+        assert [len(listed) for listed in lists] == [64, 64, 64, 8]
+
+    def test_keys_have_the_prefix_that_kombu_is_told(self, redis_url: str) -> None:
+        # Given two sites that share one Redis, each with a prefix of its own
+        with Celery(broker=redis_url, set_as_current=False) as app:
+            app.conf.broker_transport_options = {"global_keyprefix": "site:"}
+            with app.connection_for_write() as broker:
+                push(app, broker, "toxicity", [("task-1", [{"text": "hello"}])], time.time())
+        # Then every key is the site's
+        with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+            keys = list(redis.scan_iter())
+        assert b"site:toxicity" in keys
+        assert all(key.startswith(b"site:") for key in keys)
+
+    def test_what_traces_tasks_may_add_its_headers(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given a listener, as tracing libraries have one
+        def trace(headers: dict[str, Any], **_: Any) -> None:
+            headers["traceparent"] = "00-1"
+
+        before_task_publish.connect(trace)
+        try:
+            producer.submit("hello")
+        finally:
+            before_task_publish.disconnect(trace)
+        # Then its header travels with the message
+        [(_, message)] = received(redis_url)
+        assert message.headers["traceparent"] == "00-1"
+
+
+class TestSendingAgain:
+    def test_a_lost_answer_repeats_the_same_submissions(self, redis_url: str, empty_sqlite_url: str) -> None:
+        # Given a connection that breaks after Redis took the messages, before it could say so
+        with (
+            losing_first_answer_to_a_push(redis_url) as port,
+            ModerationClient(f"redis://127.0.0.1:{port}/0", empty_sqlite_url) as producer,
+        ):
+            ids = producer.submit_many(map(str, range(100)))
+        # Then each message is there twice, under the id that makes it one submission
+        task_ids = [message.headers["id"] for _, message in received(redis_url)]
+        assert task_ids == [*dict.fromkeys(task_ids)] * 2
+        assert list(ids) == [f"{task_ids[n // 64]}:{n % 64}" for n in range(100)]
+
+    def test_a_full_redis_takes_all_or_nothing(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given a Redis at its limit
+        with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+            redis.config_set("maxmemory", 1)
+            try:
+                with pytest.raises(BrokerUnavailable, match="maxmemory"):
+                    producer.submit_many(map(str, range(500)))
+            finally:
+                redis.config_set("maxmemory", 0)
+        # Then nothing of it was sent, and when there is room again the client goes on
+        assert received(redis_url) == []
+        producer.submit("hello")
+        assert len(received(redis_url)) == 1
+
+
+class TestThreads:
+    def test_one_client_serves_many_at_once(self, producer: ModerationClient, redis_url: str) -> None:
+        # Given more threads than the client has connections, each with comments of its own
+        def submit(thread: int) -> list[str]:
+            texts = [f"{thread}-{n}" for n in range(100)]
+            return [producer.submit(text) for text in texts[:50]] + list(producer.submit_many(texts[50:]))
+
+        with ThreadPoolExecutor(2 * MAX_CONNECTIONS) as pool:
+            ids = [submission_id for ids in pool.map(submit, range(2 * MAX_CONNECTIONS)) for submission_id in ids]
+        # Then every comment is there once, under the id that its thread was given
+        sent = {
+            f"{message.headers['id']}:{place}": comment["text"]
+            for body, message in received(redis_url)
+            for place, comment in enumerate(body[0][0])
+        }
+        assert [sent[submission_id] for submission_id in ids] == [
+            f"{thread}-{n}" for thread in range(2 * MAX_CONNECTIONS) for n in range(100)
+        ]
+        assert len(sent) == len(ids)
 
 
 class TestSubmittingMany:
