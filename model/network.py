@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from config.names import LABELS
+from model.packed import PackedTexts
 
 DROPOUT = 0.1
 
@@ -49,13 +50,32 @@ class ToxicityNetwork(nn.Module):
         Returns:
             `logits` (batch, 6), and `loss` (scalar).
         """
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = self.dropout((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        logits = torch.cat([head(pooled) for head in self.heads], dim=1)
+        logits = self.classify(self.pool(input_ids, attention_mask))
         if labels is None:
             return {"logits": logits}
         return {"loss": known_label_loss(logits, labels), "logits": logits}
+
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The mean of each text's last hidden states, fp32 (batch, hidden); arguments as of `forward`."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def pool_packed(self, texts: PackedTexts) -> Tensor:
+        """What `pool` gives, fp32 (texts, hidden); the encoder's attention must be `model.packed.PACKED_ATTENTION`."""
+        hidden = self.encoder(
+            input_ids=texts.ids,
+            position_ids=texts.positions,
+            cu_seq_lens_q=texts.offsets,
+            max_length_q=texts.longest,
+        ).last_hidden_state.squeeze(0)
+        # unsafe: its checks would wait for the device.
+        return torch.segment_reduce(hidden.float(), "mean", offsets=texts.offsets, axis=0, unsafe=True)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits (batch, 6) of pooled texts."""
+        pooled = self.dropout(pooled)
+        return torch.cat([head(pooled) for head in self.heads], dim=1)
 
 
 def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
