@@ -23,7 +23,7 @@ from redis.retry import Retry
 from config.settings import ROOT, embedded_directory
 
 MIN_REDIS_VERSION = (6, 2)
-"""The first with BLMOVE, by which the worker waits."""
+"""The first with BLMOVE, by which the worker waits where it must, and with ZRANGE by score."""
 START_TIMEOUT_S = 120
 """Redis answers only after it has read its append-only file back."""
 STOP_TIMEOUT_S = 30

@@ -7,17 +7,25 @@ can send, and a stock worker could take over. What is held lies under keys of ou
 
     <unacked_key>        hash: delivery tag -> "<list key>\\n<message, byte for byte as it was sent>"
     <unacked_index_key>  sorted set: delivery tag -> when its lease was last renewed, by Redis' clock
+    <unacked_key>_returns  hash: SHA-1 of a message -> how often it came back because its lease ran out
 
 Delivery tags are made here, one per delivery: the producer's may be missing, or the same on every message.
 
-Waiting for a message is BLMOVE of a list's end to the same end, which wakes on a push and takes nothing. It watches
-the first list only: messages sent with a priority, and those of a second queue, are looked for once a second.
+Waiting takes nothing and asks nothing: after an empty FETCH, CLIENT TRACKING has Redis push word of the next change to
+any of the lists. A Redis that refuses it is asked by BLMOVE of a list's end to the same end, which wakes on a push and
+takes nothing either, but watches the first list only; the others are then looked into once a second.
+
+A message that came back SUSPECT_RETURNS times may be what ended its workers. It is taken when nothing else is held,
+and nothing else while it is: the next death counts for it alone, and its neighbours get done.
 """
 
+import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import count, groupby, islice
+from operator import itemgetter
 from queue import Empty
 from time import monotonic
 from typing import Any, NamedTuple
@@ -28,7 +36,7 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
-from config.names import WORKER_UNACKED_KEY
+from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, WORKER_UNACKED_KEY
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
 
 logger = logging.getLogger(__name__)
@@ -38,27 +46,53 @@ MAX_BUFFERED_ACKS = 1_000
 TAGS_PER_SCRIPT = 1_000
 """Redis serves nobody else while a script runs, so long work is done in steps of this many messages."""
 REFUSED_PAUSE_S = 1.0
+LONGEST_WAIT_S = 5.0
+"""A FETCH in between shows whether the connection still lives: none of it would be heard on a dead one."""
+SUSPECT_RETURNS = 2
+RETURNS_KEPT_S = 86_400
+"""How long returns are counted after the last one, for messages that others have taken over and acknowledged."""
+LOWER_QUEUE_SHARE = 16
+"""While preferred queues are full, a lower one still gets one message in so many."""
 
 FETCH = r"""
--- KEYS: unacked hash, unacked index, then the lists in the order to take from
--- ARGV: most messages, bytes after which to stop, tag prefix, then per list 1 if its consumer acknowledges
+-- KEYS: unacked hash, unacked index, returns hash, then the lists
+-- ARGV: most messages, bytes after which to stop, 1 if nothing is held, tag prefix, returns that make a suspect,
+--   per list 1 if its consumer acknowledges, then in threes whose turn it is: first list, last list, most messages
+-- Reply: 1 if nothing more may be taken before all is done, then in threes: list, message, how often it came back
 redis.call('HLEN', KEYS[1])  -- a key of the wrong type must fail here, not after a message was taken
 redis.call('ZCARD', KEYS[2])
+local some_returned = redis.call('HLEN', KEYS[3]) > 0
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-local room, bytes, reply = tonumber(ARGV[1]), tonumber(ARGV[2]), {}
-for k = 3, #KEYS do
-  while room > 0 and bytes > 0 do
-    -- Taken before it is kept: at maxmemory Redis lets a script grow the data only after a write that does not.
-    local message = redis.call('RPOP', KEYS[k])
-    if not message then break end
-    room, bytes = room - 1, bytes - #message
-    reply[#reply + 1] = k - 3
-    reply[#reply + 1] = message
-    if ARGV[k + 1] == '1' then
-      local tag = ARGV[3] .. #reply / 2
-      redis.call('HSET', KEYS[1], tag, KEYS[k] .. '\n' .. message)
-      redis.call('ZADD', KEYS[2], now, tag)
+local room, bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+local nothing_held, prefix, suspect = ARGV[3] == '1', ARGV[4], tonumber(ARGV[5])
+local reply, taken = {0}, 0
+for turn = #KEYS + 3, #ARGV, 3 do
+  local most = math.min(room, tonumber(ARGV[turn + 2]))
+  for list = tonumber(ARGV[turn]), tonumber(ARGV[turn + 1]) do
+    local key = KEYS[list + 4]
+    while most > 0 and bytes > 0 do
+      -- Taken before it is kept: at maxmemory Redis lets a script grow the data only after a write that does not.
+      local message = redis.call('RPOP', key)
+      if not message then break end
+      local returns = some_returned and tonumber(redis.call('HGET', KEYS[3], redis.sha1hex(message)) or 0) or 0
+      if returns >= suspect then
+        reply[1] = 1
+        if taken > 0 or not nothing_held then
+          redis.call('RPUSH', key, message)
+          return reply
+        end
+        most, room = 1, 1
+      end
+      most, room, bytes, taken = most - 1, room - 1, bytes - #message, taken + 1
+      reply[#reply + 1] = list
+      reply[#reply + 1] = message
+      reply[#reply + 1] = returns
+      if ARGV[list + 6] == '1' then
+        local tag = prefix .. taken
+        redis.call('HSET', KEYS[1], tag, key .. '\n' .. message)
+        redis.call('ZADD', KEYS[2], now, tag)
+      end
     end
   end
 end
@@ -69,11 +103,12 @@ GIVE_BACK_ONE = r"""
 local function give_back(tag, push)
   redis.call('ZREM', KEYS[2], tag)  -- first, for maxmemory's sake
   local held = redis.call('HGET', KEYS[1], tag)
-  if held then
-    local list_end = string.find(held, '\n', 1, true)
-    redis.call(push, string.sub(held, 1, list_end - 1), string.sub(held, list_end + 1))
-    redis.call('HDEL', KEYS[1], tag)
-  end
+  if not held then return end
+  local list_end = string.find(held, '\n', 1, true)
+  local message = string.sub(held, list_end + 1)
+  redis.call(push, string.sub(held, 1, list_end - 1), message)
+  redis.call('HDEL', KEYS[1], tag)
+  return message
 end
 """
 
@@ -88,11 +123,15 @@ for i = 2, #ARGV do give_back(ARGV[i], ARGV[1]) end
 GIVE_BACK_EXPIRED = (
     GIVE_BACK_ONE
     + r"""
--- ARGV: visibility timeout in seconds, most messages
+-- ARGV: visibility timeout in seconds, most messages, seconds for which returns are counted
 local time = redis.call('TIME')
 local cutoff = time[1] + time[2] / 1e6 - ARGV[1]
 local tags = redis.call('ZRANGE', KEYS[2], '-inf', cutoff, 'BYSCORE', 'LIMIT', 0, ARGV[2])
-for i = #tags, 1, -1 do give_back(tags[i], 'RPUSH') end  -- the oldest last, so that it is taken first
+for i = #tags, 1, -1 do  -- the oldest last, so that it is taken first
+  local message = give_back(tags[i], 'RPUSH')
+  if message then redis.call('HINCRBY', KEYS[3], redis.sha1hex(message), 1) end
+end
+if #tags > 0 then redis.call('EXPIRE', KEYS[3], ARGV[3]) end
 return #tags
 """
 )
@@ -112,13 +151,34 @@ class Delivery(NamedTuple):
     tag: str
     queue: str
     raw: bytes
+    returns: int
+
+
+def preference(queue: str) -> int:
+    """A queue's rank: 0 is taken from first. Queues of other names than ours are equal to the ordinary one."""
+    return {INTERACTIVE_QUEUE: 0, BULK_QUEUE: 2}.get(queue, 1)
+
+
+def first_turns(ranks: int, taken: int, room: int) -> list[int]:
+    """How many of the next `room` messages each rank may take before the preferred ones do.
+
+    One in LOWER_QUEUE_SHARE for each rank but the first, also where a fetch is smaller than that: it goes by `taken`,
+    the messages taken before.
+    """
+    return [0] + [
+        (taken + rank + room) // LOWER_QUEUE_SHARE - (taken + rank) // LOWER_QUEUE_SHARE for rank in range(1, ranks)
+    ]
 
 
 class Message(virtual.Message):
     """A message whose construction cannot fail, whatever a producer sent: see `malformed_envelope`."""
 
+    returns = 0
+    """How often it came back because its worker died, or stood still for longer than its lease."""
+
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
         if isinstance(payload, Delivery):
+            self.returns = payload.returns
             delivery = payload
             try:
                 payload = read_envelope(delivery.raw)
@@ -137,12 +197,26 @@ class QoS(virtual.QoS):
     def __init__(self, channel: Any, prefetch_count: int = 0) -> None:
         super().__init__(channel, prefetch_count)
         self._acks: list[str] = []
+        self._digests: dict[str, str] = {}
+        """Of what is held and came back before: delivery tag -> SHA-1, under which its returns are counted."""
+        self.finish_first = False
+        """Nothing more may be taken before all that is held is done."""
+
+    def hold_returned(self, delivery: Delivery) -> None:
+        """Note that its returns must be forgotten when it is acknowledged."""
+        self._digests[delivery.tag] = hashlib.sha1(delivery.raw, usedforsecurity=False).hexdigest()
+
+    @property
+    def holds_some(self) -> bool:
+        return bool(self._delivered)
 
     def can_consume(self) -> bool:
         return self.can_consume_max_estimate() > 0
 
     def can_consume_max_estimate(self) -> int:
         """Messages that the next FETCH may take."""
+        if self.finish_first and self._delivered:
+            return 0
         room = MAX_FETCH_MESSAGES
         if self.prefetch_count:
             room = min(room, self.prefetch_count - len(self._delivered))
@@ -164,6 +238,7 @@ class QoS(virtual.QoS):
         if not requeue:
             self.ack(delivery_tag)
         elif self._delivered.pop(delivery_tag, None) is not None:
+            self._digests.pop(delivery_tag, None)
             self.give_back([delivery_tag], "LPUSH")
 
     def flush_acks(self) -> None:
@@ -175,9 +250,14 @@ class QoS(virtual.QoS):
             # No MULTI: Redis at maxmemory refuses it, and with it the acks that would free memory. The hash goes
             # first: a tag left in the index without a message is swept away, the reverse would stay for ever.
             with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-                pipe.hdel(channel.unacked_key, *self._acks).zrem(channel.unacked_index_key, *self._acks).execute()
+                pipe.hdel(channel.unacked_key, *self._acks).zrem(channel.unacked_index_key, *self._acks)
+                if self._digests and (done := [self._digests[tag] for tag in self._acks if tag in self._digests]):
+                    pipe.hdel(channel.returns_key, *done)
+                pipe.execute()
         except ResponseError as error:
             logger.error("Redis refused %d acknowledgements: %s; their messages repeat", len(self._acks), error)
+        for tag in self._acks if self._digests else ():
+            self._digests.pop(tag, None)
         self._acks = []
 
     def renew_leases(self) -> None:
@@ -198,7 +278,8 @@ class QoS(virtual.QoS):
         """Return the messages of workers that no longer renew their leases. kombu calls it every few seconds."""
         self.flush_acks()
         try:
-            while self._run(GIVE_BACK_EXPIRED, self.channel.visibility_timeout, TAGS_PER_SCRIPT) == TAGS_PER_SCRIPT:
+            bounds = self.channel.visibility_timeout, TAGS_PER_SCRIPT, RETURNS_KEPT_S
+            while self._run(GIVE_BACK_EXPIRED, *bounds) == TAGS_PER_SCRIPT:
                 pass
         except ResponseError as error:
             logger.error("Redis refused to return expired messages to their queues: %s", error)
@@ -221,7 +302,7 @@ class QoS(virtual.QoS):
 
     def _run(self, script: str, *args: Any) -> Any:
         channel = self.channel
-        keys = [channel.global_keyprefix + key for key in (channel.unacked_key, channel.unacked_index_key)]
+        keys = channel.own_keys()
         with channel.conn_or_acquire() as client:
             return client.eval(script, len(keys), *keys, *args)
 
@@ -244,14 +325,30 @@ class Channel(kombu_redis.Channel):
     max_fetch_bytes = 8 * 1024 * 1024
     """A fetch stops after the message that reaches it."""
 
+    longest_wait_s = LONGEST_WAIT_S
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tag_prefixes = (f"{uuid4().hex}.{n}." for n in count())
         self._no_ack_queues: set[str] = set()
+        self._taken = 0
         self._fetching: tuple[str, list[str]] | None = None
-        """Of the FETCH in flight: its tag prefix, and the queue of each list; None while a wait is in flight."""
+        """Of the FETCH in flight: its tag prefix, and the queue of each list; None of what begins a wait."""
+        self._next_fetch_at = 0.0
+        """Until then we wait for a push, or leave a Redis alone that refuses."""
+        self._tracked_socket: object = None
+        self._tracked = False
+        """Whether Redis can push word of a list's change."""
         self._lists_empty = False
-        self._refused_until = 0.0
         super().__init__(*args, **kwargs)
+
+    @property
+    def returns_key(self) -> str:
+        return f"{self.unacked_key}_returns"
+
+    def own_keys(self) -> list[str]:
+        """What the scripts need besides lists: KEYS[1] to KEYS[3]."""
+        own = self.unacked_key, self.unacked_index_key, self.returns_key
+        return [self.global_keyprefix + key for key in own]
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         (self._no_ack_queues.add if no_ack else self._no_ack_queues.discard)(queue)
@@ -262,61 +359,126 @@ class Channel(kombu_redis.Channel):
         raise NotImplementedError("this transport only delivers to consumers: consume from the queue instead")
 
     def _brpop_start(self, timeout: float | None = None) -> None:
+        connection = self.client.connection
+        if connection._sock is not self._tracked_socket:
+            self._track(connection)
         queues = self._queue_cycle.consume(len(self.active_queues))
-        if not queues or monotonic() < self._refused_until:
+        if not queues or monotonic() < self._next_fetch_at:
             return
-        queue_of_list = [queue for _ in self.priority_steps for queue in queues]
+        # The cycle gives every queue its turn to be first, and the sort leaves equals in its order.
+        ranks = [list(equals) for _, equals in groupby(sorted(queues, key=preference), key=preference)]
+        queue_of_list = [queue for equals in ranks for _ in self.priority_steps for queue in equals]
         lists = [
-            self.global_keyprefix + self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues
+            self.global_keyprefix + self._q_for_pri(queue, step)
+            for equals in ranks
+            for step in self.priority_steps
+            for queue in equals
         ]
-        command: tuple[Any, ...]
+        commands: list[tuple[Any, ...]]
         if self._lists_empty:
             self._fetching = None
-            command = ("BLMOVE", lists[0], lists[0], "RIGHT", "RIGHT", self.brpop_timeout)
+            if self._tracked:
+                # A message may have come since the FETCH. From this look on, every change is told.
+                commands = [("CLIENT", "CACHING", "YES"), ("EXISTS", *lists)]
+            else:
+                commands = [("BLMOVE", lists[0], lists[0], "RIGHT", "RIGHT", self.brpop_timeout)]
         else:
             prefix = next(self._tag_prefixes)
             self._fetching = prefix, queue_of_list
-            keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key)] + lists
+            keys = [*self.own_keys(), *lists]
+            room = self.qos.can_consume_max_estimate()
+            bounds = room, self.max_fetch_bytes, int(not self.qos.holds_some), prefix, SUSPECT_RETURNS
             acknowledged = [int(queue not in self._no_ack_queues) for queue in queue_of_list]
-            bounds = self.qos.can_consume_max_estimate(), self.max_fetch_bytes
-            command = ("EVAL", FETCH, len(keys), *keys, *bounds, prefix, *acknowledged)
-        self._in_poll = self.client.connection
+            turns = self._turns([len(equals) * len(self.priority_steps) for equals in ranks], room)
+            commands = [("EVAL", FETCH, len(keys), *keys, *bounds, *acknowledged, *turns)]
+        self._in_poll = connection
         self._brpop_sent_at = monotonic()
-        self.client.connection.send_command(*command)
+        connection.send_packed_command(connection.pack_commands(commands))
+
+    def _turns(self, lists_of_ranks: list[int], room: int) -> Iterator[int]:
+        """FETCH's turns: the lower ranks' own, then whoever has messages, preferred ones first."""
+        first = 0
+        for lists, most in zip(lists_of_ranks, first_turns(len(lists_of_ranks), self._taken, room), strict=True):
+            if most:
+                yield from (first, first + lists - 1, most)
+            first += lists
+        yield from (0, first - 1, room)
+
+    def _track(self, connection: Any) -> None:
+        """Have Redis push to this connection when a list changes that was read there after CLIENT CACHING."""
+        self._tracked_socket = connection._sock
+        self._next_fetch_at = 0.0
+        self._lists_empty = False
+        self._tracked = False
+        try:
+            if str(connection.get_protocol()) != "3":
+                raise ResponseError("the connection speaks RESP2, which has no pushes")
+            connection.send_command("CLIENT", "TRACKING", "ON", "OPTIN")
+            connection.read_response()
+            self._tracked = True
+        except ResponseError as error:
+            logger.warning(
+                "Redis cannot say when messages arrive (%s): looking into all but the first list of each "
+                "worker once a second",
+                error,
+            )
 
     def _brpop_read(self, **options: Any) -> bool:
-        fetching = self._fetching
+        fetching, connection = self._fetching, self.client.connection
         try:
-            reply = self.client.parse_response(self.client.connection, "EVAL", **options)
+            if fetching is None and self._tracked:
+                with suppress(ResponseError):  # to CLIENT CACHING; the second reply must be read in any case
+                    connection.read_response()
+            reply = self.client.parse_response(connection, "EVAL", **options)
+            # A push that came along with the reply makes no socket readable any more.
+            wait = fetching is None and self._tracked and not reply and not connection.can_read()
         except self.connection_errors:
-            self.client.connection.disconnect()  # so that the next tick connects anew
+            connection.disconnect()  # so that the next tick connects anew
             raise
         except ResponseError as error:
             # Out of memory, disk full, missing permission: raised in the hub it would end the worker.
             what = "to wait for" if fetching is None else "to hand out"
             logger.error("Redis refused %s messages: %s; asking again in %g s", what, error, REFUSED_PAUSE_S)
-            self._refused_until = monotonic() + REFUSED_PAUSE_S
+            self._next_fetch_at = monotonic() + REFUSED_PAUSE_S
             self._lists_empty = False
             raise Empty from None
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._lists_empty = fetching is not None and not reply
-        if fetching is None or not reply:
+        self._lists_empty = fetching is not None and reply == [0]
+        self._next_fetch_at = monotonic() + self.longest_wait_s if wait else 0.0
+        if fetching is None:
             raise Empty
-        prefix, queue_of_list = fetching
-        self._deliver_all(
-            Delivery(f"{prefix}{n}", queue_of_list[list_index], raw)
-            for n, (list_index, raw) in enumerate(zip(reply[::2], reply[1::2], strict=True), start=1)
-        )
+        self.qos.finish_first = bool(reply[0])
+        if len(reply) == 1:
+            raise Empty
+        self._deliver_all(_deliveries(reply, *fetching))
         return True
 
-    def _deliver_all(self, deliveries: Iterable[Delivery]) -> None:
+    def read_push(self) -> None:
+        """A list has changed for which we wait; or the server has closed the connection.
+
+        Raises:
+            Empty: always, as a fetch that brings nothing.
+        """
+        connection = self.client.connection
+        try:
+            connection.read_response(push_request=True)
+        except self.connection_errors:
+            connection.disconnect()  # so that the next tick connects anew
+        self._next_fetch_at = 0.0
+        raise Empty
+
+    def _deliver_all(self, deliveries: Sequence[Delivery]) -> None:
         waiting = deque(deliveries)
-        self._queue_cycle.rotate(waiting[-1].queue)
+        self._taken += len(waiting)
+        for queue in dict.fromkeys(delivery.queue for delivery in deliveries):
+            self._queue_cycle.rotate(queue)
         try:
             while waiting and not self._closing:
                 delivery = waiting.popleft()
+                if delivery.returns:
+                    self.qos.hold_returned(delivery)
                 self.connection._deliver(delivery, delivery.queue)
         finally:
             # Closing, or a consumer raised: Redis counts the rest as held by us, but nobody here would ever ack it.
@@ -333,6 +495,12 @@ class Channel(kombu_redis.Channel):
             except (Empty, *self.connection_errors):
                 pass
         super().close()
+
+
+def _deliveries(reply: list[Any], prefix: str, queue_of_list: list[str]) -> list[Delivery]:
+    """What a FETCH brought, preferred queues first."""
+    taken = sorted(zip(count(1), reply[1::3], reply[2::3], reply[3::3], strict=False), key=itemgetter(1))
+    return [Delivery(f"{prefix}{n}", queue_of_list[index], raw, returns) for n, index, raw, returns in taken]
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):
@@ -359,7 +527,7 @@ class Poller(kombu_redis.MultiChannelPoller):
         if channel is None:
             return  # of a connection just dropped
         if kind == "BRPOP" and not channel._in_poll:
-            channel.client.connection.disconnect()  # nothing was asked, so the server has closed it
+            channel.read_push()
         else:
             channel.handlers[kind]()
 

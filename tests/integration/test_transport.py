@@ -48,6 +48,17 @@ class HubConsumer:
         self.connection.transport.register_with_event_loop(self.connection.connection, self.hub)
         self._loop = self.hub.create_loop()
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has found its lists empty and asks nothing."""
+        return not self.channel._in_poll and self.channel._next_fetch_at > time.monotonic()
+
+    def wait_for_an_hour(self) -> None:
+        """Until it has found its lists empty; only a message, or a lost connection, ends the hour."""
+        self.channel.longest_wait_s = 3600
+        self.channel._next_fetch_at = 0
+        self.run_until(lambda: self.waits, "waiting")
+
     def tick(self) -> None:
         next(self._loop)
 
@@ -108,6 +119,10 @@ def held(redis: Redis) -> int:
     return int(count)
 
 
+def scripts_run(redis: Redis) -> int:
+    return int(redis.info("commandstats").get("cmdstat_eval", {"calls": 0})["calls"])
+
+
 @contextmanager
 def setting(redis: Redis, name: str, value: str) -> Iterator[None]:
     before = redis.config_get(name)[name]
@@ -158,16 +173,107 @@ def test_messages_of_a_stock_producer_arrive_whatever_their_priority(
     assert json.loads(next(m for m in messages if m.headers["id"] == sent[0]).body)[0] == [[{"text": "plain"}]]
 
 
-def test_messages_sent_while_we_wait_arrive_from_every_queue(
-    producer: celery.Celery, consume: Callable[..., HubConsumer]
+@pytest.mark.parametrize("queue", ["first", "second", "third"])
+@pytest.mark.parametrize("priority", [None, 0, 5, 9])
+def test_message_ends_the_wait_whatever_its_queue_and_priority(
+    queue: str, priority: int | None, producer: celery.Celery, consume: Callable[..., HubConsumer]
 ) -> None:
-    # Given a consumer that waits at two empty queues
+    # Given a consumer that waits at three empty queues, and would for an hour
+    consumer = consume(queues=("first", "second", "third"))
+    consumer.wait_for_an_hour()
+    # When something arrives in one of them, then it is delivered
+    sent = send(producer, "a", queue=queue, priority=priority)
+    assert ids(consumer.receive(1)) == sent
+    # And the next wait ends as well
+    consumer.wait_for_an_hour()
+    sent += send(producer, "b", queue=queue, priority=priority)
+    assert ids(consumer.receive(2)) == sent
+
+
+def test_message_that_arrives_behind_an_empty_fetch_is_delivered(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a fetch that found nothing, and whose reply we have not read
+    consumer = consume()
+    consumer.channel.longest_wait_s = 3600
+    before = scripts_run(redis)
+    consumer.channel.connection.cycle.on_poll_start()
+    wait_until(lambda: scripts_run(redis) > before, what="the empty fetch")
+    # When a message arrives, so that its word is read together with the reply
+    sent = send(producer, "a")
+    # Then it is delivered
+    assert ids(consumer.receive(1)) == sent
+
+
+def test_waiting_takes_nothing_and_asks_nothing(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a consumer that waits
+    consumer = consume()
+    consumer.wait_for_an_hour()
+    # When its loop turns because of other things, then it does not ask Redis
+    before = scripts_run(redis)
+    for _ in range(50):
+        consumer.channel.connection.cycle.on_poll_start()
+    assert scripts_run(redis) == before
+    # And a message that ends the wait is still in the queue when nobody reads the word of it
+    send(producer, "a")
+    assert redis.llen(MODERATE_QUEUE) == 1
+    assert held(redis) == 0
+
+
+def test_acknowledgements_do_not_end_the_wait(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a consumer that holds messages, and waits for more
+    send(producer, "a", "b")
+    consumer = consume()
+    messages = consumer.receive(2)
+    consumer.wait_for_an_hour()
+    # When it acknowledges them and renews its leases
+    messages[0].ack()
+    consumer.channel.qos.renew_leases()
+    consumer.channel.qos.flush_acks()
+    # Then Redis has pushed no word to it
+    assert not consumer.channel.client.connection.can_read()
+
+
+@pytest.mark.parametrize("disturb", [Redis.flushall, lambda redis: redis.client_kill_filter(_type="normal")])
+def test_wait_goes_on_after_a_disturbance(
+    disturb: Callable[[Redis], Any], producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a consumer that waits
+    consumer = consume()
+    consumer.wait_for_an_hour()
+    # When Redis is emptied, or closes its connection, and a message arrives
+    disturb(redis)
+    consumer.run_until(lambda: consumer.waits, "waiting again")
+    sent = send(producer, "a", priority=5)
+    # Then it is delivered
+    assert ids(consumer.receive(1)) == sent
+
+
+def test_redis_that_refuses_to_push_is_asked(
+    producer: celery.Celery,
+    consume: Callable[..., HubConsumer],
+    redis: Redis,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+) -> None:
+    # Given a Redis whose administrator forbids CLIENT
+    request.addfinalizer(lambda: redis.execute_command("ACL", "SETUSER", "default", "+client"))
+    redis.execute_command("ACL", "SETUSER", "default", "-client")
     consumer = consume(queues=("first", "second"))
-    consumer.run_until(lambda: consumer.channel._fetching is None and consumer.channel._in_poll, "waiting")
-    # When something arrives in each, with a priority and without
-    sent = send(producer, "a", queue="first") + send(producer, "b", queue="second", priority=9)
-    # Then both are delivered
-    assert sorted(ids(consumer.receive(2))) == sorted(sent)
+    consumer.channel.longest_wait_s = 3600
+    # When messages arrive while we wait, in the first list and in the last
+    consumer.run_until(lambda: redis.info("clients")["blocked_clients"] == 1, "waiting")
+    sent = send(producer, "a", queue="first")
+    consumer.receive(1)
+    consumer.run_until(lambda: redis.info("clients")["blocked_clients"] == 1, "waiting again")
+    sent += send(producer, "b", queue="second", priority=9)
+    # Then they are delivered, and the log says why it may take a second
+    assert ids(consumer.receive(2)) == sent
+    assert caplog.text.count("Redis cannot say when messages arrive") == 1
 
 
 def test_fetch_moves_messages_to_the_unacknowledged_before_we_read_them(
@@ -182,18 +288,6 @@ def test_fetch_moves_messages_to_the_unacknowledged_before_we_read_them(
     wait_until(lambda: redis.llen(MODERATE_QUEUE) == 0, what="the move")
     assert held(redis) == 3
     assert not consumer.messages
-
-
-def test_waiting_takes_nothing(producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis) -> None:
-    # Given a consumer that waits
-    consumer = consume()
-    consumer.run_until(lambda: consumer.channel._fetching is None and consumer.channel._in_poll, "waiting")
-    # When a message arrives, and the wait that it ends is never read
-    send(producer, "a")
-    wait_until(lambda: redis.info("clients")["blocked_clients"] == 0, what="the end of the wait")
-    # Then the message is still in the queue
-    assert redis.llen(MODERATE_QUEUE) == 1
-    assert held(redis) == 0
 
 
 def test_acknowledged_message_leaves_nothing_behind(
@@ -533,7 +627,7 @@ def test_channel_of_a_dead_redis_closes_without_an_error(tmp_path_factory: pytes
             send(producer, "a", "b")
         consumer = HubConsumer(server.url)
         consumer.receive(2)
-        consumer.run_until(lambda: consumer.channel._in_poll, "a command under way")
+        consumer.run_until(lambda: consumer.waits, "waiting")
         consumer.messages[0].ack()
     # Then the loop hears of it as a connection error, which Celery answers by connecting anew
     with pytest.raises(consumer.connection.connection_errors):
