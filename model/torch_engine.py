@@ -4,6 +4,7 @@ import json
 import logging
 import queue
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from model.engine import Scores
 from model.network import ToxicityNetwork
-from model.onnx_engine import pad
 from model.packed import PACKED_ATTENTION, PackedTexts
 from model.version import ENCODER_FILE, WEIGHTS_FILE
 from model.weights import load_weights
@@ -116,12 +116,18 @@ class TorchEngine:
 
 def padded_on(device: torch.device, token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Padded ids and their mask, both int64 (batch, length), on the device; not waited for on CUDA."""
-    tensors = [torch.from_numpy(array) for array in pad(token_ids)]
-    if device.type == "cuda":
-        missing = -tensors[0].shape[1] % CUDA_LENGTH_STEP
-        tensors = [torch.nn.functional.pad(tensor, (0, missing)).pin_memory() for tensor in tensors]
-    input_ids, attention_mask = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return input_ids, attention_mask
+    on_cuda = device.type == "cuda"
+    lengths = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
+    longest = int(lengths.max())
+    if on_cuda:
+        longest += -longest % CUDA_LENGTH_STEP
+    mask = np.arange(longest) < lengths[:, None]
+    host = torch.zeros(2, *mask.shape, dtype=torch.int64, pin_memory=on_cuda)
+    input_ids, attention_mask = host.numpy()
+    input_ids[mask] = np.fromiter(chain.from_iterable(token_ids), np.int64, int(lengths.sum()))
+    attention_mask[:] = mask
+    there = host.to(device, non_blocking=True)
+    return there[0], there[1]
 
 
 @torch.inference_mode()
