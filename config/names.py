@@ -16,15 +16,13 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
-INTERACTIVE_QUEUE = "toxicity.interactive"
-"""For comments whose author waits for the decision."""
 MODERATE_QUEUE = "toxicity"
 INTERACTIVE_QUEUE = f"{MODERATE_QUEUE}.interactive"
 """Preferred to the ordinary queue by a worker that is given both: for comments whose authors wait."""
 BULK_QUEUE = f"{MODERATE_QUEUE}.bulk"
 """Taken from when the others are empty, and now and then when they are not: for archives."""
-BULK_QUEUE = "toxicity.bulk"
-"""For comments that may wait, such as an archive."""
+MODERATE_QUEUES = (INTERACTIVE_QUEUE, MODERATE_QUEUE, BULK_QUEUE)
+"""The most urgent first."""
 RETRAIN_QUEUE = "retrain"
 
 MODERATE_TASK = "worker.moderate"
