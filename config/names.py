@@ -66,5 +66,7 @@ class Reason(StrEnum):
     INVALID_COMMENT = "invalid_comment"
     IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     EXPIRED = "expired"
+    REVOKED = "revoked"
+    WORKER_DIED = "worker_died"
     SCORING_FAILED = "scoring_failed"
     RECORDING_FAILED = "recording_failed"

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery import bootsteps
+from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.control import control_command
 from sqlalchemy.exc import DBAPIError
@@ -24,13 +25,15 @@ from config.names import (
     MAX_ID_CHARS,
     MODERATE_QUEUE,
     SUBMITTED_AT_HEADER,
+    Reason,
 )
 from config.settings import settings, without_password
 from db.migrate import require_current
 from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
-from worker.message import parse_message
+from worker.envelope import MALFORMED_HEADER
+from worker.message import Parsed, parse_message, refuse_message
 from worker.pipeline import Delivery, Item, Pipeline
 from worker.swap import VersionFollower
 
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 HELD_COMMENTS_PER_BATCH_TOKEN = 0.5
 """Comments held for each token of a batch where no setting says: 512 on a CPU, 16,384 on a GPU."""
+MAX_DELIVERIES = 5
+"""A message that was delivered so often, and whose worker died each time, is not tried again."""
 LONGEST_QUEUE_AGE = timedelta(days=366)
 
 
@@ -145,7 +150,7 @@ class Intake(bootsteps.StartStopStep):
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
         now = datetime.now(UTC)
-        parsed = parse_message(message.headers, message.body, now=now)
+        parsed = _set_aside(message) or parse_message(message.headers, message.body, now=now)
         delivery = Delivery(
             acknowledge=message.ack,
             queue=_queue_name(message.delivery_info),
@@ -235,6 +240,21 @@ def activation_changed(state: Any) -> dict[str, str]:
     """Look at the newest activation now."""
     state.consumer.intake.look_for_activation()
     return {"ok": "looking"}
+
+
+def _set_aside(message: Any) -> Parsed | None:
+    """The refusal of a message that is not to be scored, whatever it holds; None of all others."""
+    if message.returns >= MAX_DELIVERIES and MALFORMED_HEADER not in message.headers:
+        detail = (
+            f"delivered {message.returns} times, and each time its worker died, or stood still for longer than its "
+            "lease, before it was decided; none of its comments is tried again"
+        )
+        return refuse_message(message.headers, message.body, Reason.WORKER_DIED, detail)
+    task_id = message.headers.get("id")
+    if worker_state.revoked and isinstance(task_id, str) and task_id in worker_state.revoked:
+        detail = "revoked by remote control before a worker took it; it was not scored"
+        return refuse_message(message.headers, message.body, Reason.REVOKED, detail)
+    return None
 
 
 def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:

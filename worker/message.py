@@ -133,6 +133,11 @@ def _submit(message_id: str, sound: Iterable[tuple[int, Comment]], parsed: Parse
     return parsed
 
 
+def refuse_message(headers: Mapping[str, Any], body: bytes, reason: Reason, detail: str) -> Parsed:
+    """The whole message set aside unread, for what the worker knows of it."""
+    return Parsed(refused=[_refuse_whole(_message_id(headers.get("id"), body), reason, detail, body, len(body))])
+
+
 def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()

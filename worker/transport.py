@@ -36,7 +36,7 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.exceptions import ResponseError
 
-from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, WORKER_UNACKED_KEY
+from config.names import MODERATE_QUEUE, MODERATE_QUEUES, WORKER_UNACKED_KEY
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Delivery(NamedTuple):
 
 def preference(queue: str) -> int:
     """A queue's rank: 0 is taken from first. Queues of other names than ours are equal to the ordinary one."""
-    return {INTERACTIVE_QUEUE: 0, BULK_QUEUE: 2}.get(queue, 1)
+    return MODERATE_QUEUES.index(queue if queue in MODERATE_QUEUES else MODERATE_QUEUE)
 
 
 def first_turns(ranks: int, taken: int, room: int) -> list[int]:
