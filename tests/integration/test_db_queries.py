@@ -4,10 +4,13 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
+import numpy as np
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, delete, insert, text
+from sqlalchemy.exc import DataError
 
 from config.names import LABELS, Action
 from db import queries
@@ -22,7 +25,8 @@ from db.queries import (
     VersionConflict,
     record_decisions,
 )
-from db.session import open_database, reading, writing
+from db.session import is_outage, open_database, reading, writing
+from db.tables import Decision, Submission
 from tests.integration.rows import NOON, POLICY, POLICY_VERSION, letter, minutes, prepare, scored
 from tests.services import wait_until
 
@@ -127,6 +131,69 @@ class TestRecordingDecisions:
         # Then each is what it is, by its place
         assert outcome(again) == (list(range(2500, 5000)), list(range(2500)), [])
 
+    def test_a_thousand_of_every_kind(self, engine: Engine) -> None:
+        # Given submissions that were decided
+        record(engine, *(scored(f"{n}") for n in range(500)))
+        # When they come again, every fifth with another text, shuffled among new ones that come twice
+        rows = [scored(f"{n}", text="another" if n % 5 == 0 else None) for n in range(500)]
+        rows += [scored(f"new {n % 250}") for n in range(500)]
+        random.Random(0).shuffle(rows)
+        became = record(engine, *rows)
+        # Then each is what it is, by its place
+        recorded = {rows[i].submission_id for i in became.recorded}
+        assert recorded == {f"new {n}" for n in range(250)}
+        assert {rows[i].submission_id for i in became.conflicts} == {f"{n}" for n in range(0, 500, 5)}
+        assert len(became.repeated) == 400 + 250
+        assert became.recorded | became.repeated | became.conflicts == set(range(1000))
+        assert ask(engine, queries.totals).decisions == 750
+
+    @pytest.mark.parametrize("large_number", [False, True])
+    def test_the_rows_are_those_that_sqlalchemy_would_have_written(self, engine: Engine, large_number: bool) -> None:
+        # Given rows with what is easily written in two ways, and their like without
+        row = scored(
+            "1",
+            text='"quotes" \\ \x01\r\n\t \u2028 ünïcode 🙂 \\u0041',
+            author="",
+            language="en",
+            context={"é": [1, 2.5, -0.0, None, True, {}], "\\": "\x7f"},
+            created_at=datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=timezone(timedelta(hours=-3, minutes=-30))),
+            submitted_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+            toxic=float(np.float32(0.1)),
+            severe_toxic=5e-324,
+            obscene=1 / 3,
+            threat=1.0,
+            insult=0.0,
+            identity_hate=1e-7,
+            fired_label="threat",
+            fired_threshold=0.1,
+            truncated=True,
+            queue_ms=1e16,
+        )
+        rows = [row, scored("2"), replace(scored("3"), text=None, context={})]
+        if large_number:
+            rows.append(scored("4", context={"large": 10**30, "é": 0.1}))
+        # When they are recorded, and written again by an insert of every column
+        record(engine, *rows)
+        recorded = ask(engine, every_stored_value)
+        with writing(engine) as connection:
+            connection.execute(delete(Decision))
+            connection.execute(delete(Submission))
+            for table in (Submission, Decision):
+                names = table.__table__.c.keys()
+                connection.execute(insert(table), [{name: getattr(row, name) for name in names} for row in rows])
+        # Then the database holds the same, to the last bit
+        assert recorded == ask(engine, every_stored_value)
+
+    def test_a_row_that_the_database_refuses_keeps_its_batch_out(self, postgres_url: str) -> None:
+        engine = open_database(postgres_url)
+        # Given a text that PostgreSQL cannot store, between others
+        with pytest.raises(DataError) as refused:
+            record(engine, scored("1"), scored("2", text="a\x00b"), scored("3"))
+        # Then nothing is written, and it is known that trying again would not help
+        assert not is_outage(refused.value)
+        assert ask(engine, queries.totals).decisions == 0
+        engine.dispose()
+
     def test_workers_recording_the_same_submissions_at_once_write_each_once(
         self, engine: Engine, database_url: str
     ) -> None:
@@ -190,6 +257,12 @@ class TestRecordingDecisions:
         with pytest.raises(Exception, match=r"(?i)foreign key"):
             tell(engine, record_decisions, [scored("1", policy_version="unheard of")])
         assert ask(engine, queries.result, "1") is None
+
+
+def every_stored_value(connection: Any) -> list[tuple[Any, ...]]:
+    """As the driver hands them out, with no word from the tables' column types."""
+    both = [text(f"SELECT * FROM {table} ORDER BY submission_id") for table in ("submissions", "decisions")]
+    return [tuple(row) for every in both for row in connection.execute(every)]
 
 
 def _waiting_for_a_lock(connection: Any) -> int:
