@@ -1,0 +1,1 @@
+"""One measurement each: a function from a context to lines."""
