@@ -31,6 +31,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from kombu import Message as KombuMessage
 from kombu import transport as kombu_transport
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
@@ -177,18 +178,32 @@ class Message(virtual.Message):
     """How often it came back because its worker died, or stood still for longer than its lease."""
 
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
-        if isinstance(payload, Delivery):
-            self.returns = payload.returns
-            delivery = payload
-            try:
-                payload = read_envelope(delivery.raw)
-            except MalformedMessage as reason:
-                payload = malformed_envelope(delivery.raw, str(reason))
-            properties = payload["properties"]
-            properties["delivery_tag"] = delivery.tag
-            if not isinstance(properties.get("delivery_info"), dict):
-                properties["delivery_info"] = {"exchange": "", "routing_key": delivery.queue}
-        super().__init__(payload, channel, **kwargs)
+        if not isinstance(payload, Delivery):
+            super().__init__(payload, channel, **kwargs)
+            return
+        try:
+            envelope = read_envelope(payload.raw)
+        except MalformedMessage as reason:
+            envelope = malformed_envelope(payload.raw, str(reason))
+        properties = envelope["properties"]
+        properties["delivery_tag"] = payload.tag
+        delivery_info = properties.get("delivery_info")
+        if not isinstance(delivery_info, dict):
+            delivery_info = properties["delivery_info"] = {"exchange": "", "routing_key": payload.queue}
+        self.returns = payload.returns
+        # Not by way of virtual.Message, which would decode the body once more.
+        KombuMessage.__init__(
+            self,
+            body=envelope["body"],
+            channel=channel,
+            delivery_tag=payload.tag,
+            content_type=envelope["content-type"],
+            content_encoding=envelope.get("content-encoding"),
+            headers=envelope["headers"],
+            properties=properties,
+            delivery_info=delivery_info,
+            **kwargs,
+        )
 
 
 class QoS(virtual.QoS):
