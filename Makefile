@@ -6,12 +6,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lock clean
+.PHONY: help install demo test lint bench-gpu bench-gpu-wheels lock clean
 
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
 	@echo 'make test   linters, types, import rules and every test'
 	@echo 'make lint   linters, types and import rules only'
+	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
+	@echo 'make bench-gpu-wheels  download into bench/wheels what a machine without a package registry lacks for it'
 	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
 	@echo 'make clean  remove .venv and var, with the demo database and trained versions'
 
@@ -36,6 +38,15 @@ lint: install
 
 test: lint
 	$(BIN)/pytest
+
+# Without .venv: a machine with a GPU often has a torch of its own, and no way to a package registry.
+ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+bench-gpu:
+	$(ANY_PYTHON) -m bench.gpu $(ARGS)
+
+bench-gpu-wheels:
+	$(ANY_PYTHON) -m bench.gpu_wheels bench/wheels $(ARGS)
 
 # pip-tools writes the file; a CPU-only build of torch must not end up in everyone's lock.
 lock: install
