@@ -24,11 +24,14 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from api_client.pipeline_stats import PipelineStats
 from api_client.publishing import push
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
     MODERATE_QUEUE,
+    MODERATE_QUEUES,
+    PIPELINE_STATS,
     RETRAIN_QUEUE,
     RETRAIN_TASK,
     TRAINER_CONTROL_EXCHANGE,
@@ -52,7 +55,7 @@ RESEND_PAUSES_S = (0.2, 1.0)
 MAX_CONNECTIONS = 10
 CONNECT_TIMEOUT_S = 3
 SOCKET_TIMEOUT_S = 15
-PING_TIMEOUT_S = 1.0
+ANSWER_TIMEOUT_S = 1.0
 FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 
 BROKER_ERRORS = (KombuError, RedisError, OSError)
@@ -151,20 +154,28 @@ class Results:
 
 
 @dataclass(kw_only=True)
-class Status:
-    """The state of the system. What could not be asked is None or empty, and `problems` says why."""
+class Activity:
+    """What the broker and the workers say now. What could not be asked is None or empty, and `problems` says why."""
 
-    broker_url: str
-    """Without its password, as the next."""
-    database_url: str
     problems: list[str] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     """Node names of those that answer."""
     trainers: list[str] = field(default_factory=list)
-    queue_depth: int | None = None
-    """Messages that wait for a worker."""
+    queue_depths: dict[str, int] = field(default_factory=dict)
+    """Messages that wait for a worker, by queue."""
     held_messages: int | None = None
     """Taken by a worker and not yet decided, or left by one that died."""
+    pipelines: dict[str, PipelineStats] = field(default_factory=dict)
+    """By node name of the worker; `pipeline_rates` says what two of them mean."""
+
+
+@dataclass(kw_only=True)
+class Status(Activity):
+    """The state of the system: its activity, and what the database knows."""
+
+    broker_url: str
+    """Without its password, as the next."""
+    database_url: str
     active: queries.ActivationRow | None = None
     loads: list[queries.LoadRow] = field(default_factory=list)
     """Each worker's newest word on the active version."""
@@ -549,16 +560,21 @@ class ModerationClient:
         """Node names of the workers and of the trainers that answer within a second."""
         return self._with_broker(self._ping_all, "no worker could be asked")
 
+    def activity(self) -> Activity:
+        """What waits and what the workers do, without the database: as cheap for a large system as for a small one.
+
+        A broker that cannot be reached is a line in `problems`, never an exception.
+        """
+        activity = Activity()
+        self._look_at_broker(activity)
+        return activity
+
     def status(self) -> Status:
         """How the system is. A part that cannot be reached is a line in `problems`, never an exception."""
         status = Status(
             broker_url=without_password(self._broker_url), database_url=without_password(self._database_url)
         )
-        try:
-            status.queue_depth, status.held_messages = self._with_broker(self._count_messages, "nothing was asked")
-            status.workers, status.trainers = self.nodes()
-        except BrokerUnavailable as unavailable:
-            status.problems.append(str(unavailable))
+        self._look_at_broker(status)
         try:
             with self._reading() as connection:
                 status.active = queries.active(connection)
@@ -569,22 +585,47 @@ class ModerationClient:
             status.problems.append(str(problem))
         return status
 
-    def _count_messages(self) -> tuple[int, int]:
+    def _look_at_broker(self, activity: Activity) -> None:
+        nothing = "nothing was asked"
+        try:
+            activity.queue_depths, activity.held_messages = self._with_broker(self._count_messages, nothing)
+            (activity.workers, activity.trainers), activity.pipelines = self._with_broker(self._ask_all, nothing)
+        except BrokerUnavailable as unavailable:
+            activity.problems.append(str(unavailable))
+
+    def _count_messages(self) -> tuple[dict[str, int], int]:
         with self._connections.acquire(block=True) as broker:
             channel = broker.default_channel
-            # A message with a priority waits in a list of its own.
-            lists = [channel._q_for_pri(MODERATE_QUEUE, step) for step in channel.priority_steps]
-            return sum(channel.client.llen(name) for name in lists), channel.client.hlen(WORKER_UNACKED_KEY)
+            steps = channel.priority_steps
+            with channel.client.pipeline(transaction=False) as asked:
+                for queue in MODERATE_QUEUES:
+                    for step in steps:  # a message with a priority waits in a list of its own
+                        asked.llen(channel._q_for_pri(queue, step))
+                *lengths, held = asked.hlen(WORKER_UNACKED_KEY).execute()
+        depths = {
+            queue: sum(lengths[index * len(steps) : (index + 1) * len(steps)])
+            for index, queue in enumerate(MODERATE_QUEUES)
+        }
+        return depths, held
+
+    def _ask_all(self) -> tuple[tuple[list[str], list[str]], dict[str, PipelineStats]]:
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(self._ask, WORKER_CONTROL_EXCHANGE, PIPELINE_STATS)
+            nodes = self._ping_all()
+        stats = {node: PipelineStats.from_reply(answer) for node, answer in sorted(answers.result().items())}
+        return nodes, {node: told for node, told in stats.items() if told is not None}
 
     def _ping_all(self) -> tuple[list[str], list[str]]:
         with ThreadPoolExecutor(2) as pool:
-            workers, trainers = pool.map(self._ping, (WORKER_CONTROL_EXCHANGE, TRAINER_CONTROL_EXCHANGE))
+            exchanges = (WORKER_CONTROL_EXCHANGE, TRAINER_CONTROL_EXCHANGE)
+            workers, trainers = pool.map(lambda exchange: sorted(self._ask(exchange, "ping")), exchanges)
         return workers, trainers
 
-    def _ping(self, exchange: str) -> list[str]:
+    def _ask(self, exchange: str, command: str) -> dict[str, Any]:
+        """What each node on this exchange answers to a remote-control command, by node name."""
         with self._asking_connections.acquire(block=True) as broker:
-            replies = _mailbox(exchange, broker).multi_call("ping", timeout=PING_TIMEOUT_S)
-        return sorted(node for reply in replies for node in reply)
+            replies = _mailbox(exchange, broker).multi_call(command, timeout=ANSWER_TIMEOUT_S)
+        return {node: answer for reply in replies for node, answer in reply.items()}
 
     # --- Connections ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import offline, producing, system, training, versions
+from cli import offline, producing, status, system, training, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 app.command()(system.demo)
 app.command()(system.up)
-app.command()(system.status)
+app.command()(status.status)
 app.command()(producing.submit)
 app.command()(producing.results)
 app.command()(producing.review)

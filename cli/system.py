@@ -1,67 +1,12 @@
-"""Commands on the system itself: its state, its database, running all of it on this machine."""
+"""Commands on the system itself: its database, running all of it on this machine."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from cli.terminal import Problem, out, print_json, say, shown
-
-if TYPE_CHECKING:
-    from api_client.client import Status
+from cli.terminal import Problem, say
 
 database = typer.Typer(help="Bring the database to this release's tables, or back.", no_args_is_help=True)
-
-
-def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """Show what runs, what waits and which version decides. What cannot be reached is said, and the exit status is 1.
-
-    Example: moderato status --json
-    """
-    from api_client.client import ModerationClient
-
-    with ModerationClient() as client:
-        state = client.status()
-    if as_json:
-        print_json({**asdict(state), "active_version": state.active.version if state.active else None})
-    else:
-        for name, value in _lines(state):
-            out.print(Text(f"{name:<14}{value}"), soft_wrap=True)
-    for problem in state.problems:
-        say(f"moderato: {problem}")
-    if state.problems:
-        raise typer.Exit(1)
-
-
-def _lines(state: "Status") -> list[tuple[str, str]]:
-    lines = [
-        ("broker", state.broker_url),
-        ("database", state.database_url),
-        ("workers", ", ".join(state.workers) or "none answers"),
-        ("trainers", ", ".join(state.trainers) or "none answers"),
-    ]
-    if state.queue_depth is not None:
-        lines.append(("queue", f"{state.queue_depth} messages wait, workers hold {state.held_messages}"))
-    if state.active is not None:
-        active = state.active
-        by = f"{active.version}, by {active.activated_by} at {shown(active.activated_at)}: {active.reason}"
-        lines.append(("active", by))
-    for load in state.loads:
-        refusal = "" if load.error is None else f", refused the active one: {load.error}"
-        lines.append(("", f"{load.worker} runs {load.version}{refusal}"))
-    if state.totals is not None:
-        totals = state.totals
-        actions = ", ".join(f"{action} {count:,}" for action, count in sorted(totals.actions.items()))
-        lines.append(("decisions", f"{totals.decisions:,}{f' ({actions})' if actions else ''}"))
-        lines.append(("", f"{totals.reviews:,} reviews, {totals.dead_letters:,} dead letters"))
-    if state.last_run is not None:
-        run = state.last_run
-        step = f", step {run.step} of {run.total_steps}" if run.state == "running" and run.step else ""
-        lines.append(("last training", f"{run.state} {run.phase if run.state == 'running' else ''}{step}".strip()))
-        if run.reason:
-            lines.append(("", run.reason))
-    return lines
 
 
 def up() -> None:

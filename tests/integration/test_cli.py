@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ class TestSubmitting:
         # Then their ids are on stdout, and one message waits
         first, second = done.stdout.split()
         assert (first[-2:], second[-2:]) == (":0", ":1")
-        assert client.status().queue_depth == 1
+        assert client.activity().queue_depths["toxicity"] == 1
 
     def test_a_csv(self, moderato: Moderato, client: ModerationClient, tmp_path: Path) -> None:
         # Given a CSV as spreadsheets write it, of more comments than one message holds
@@ -97,7 +98,11 @@ class TestSubmitting:
             "submit", "--file", str(tmp_path / "c.csv"), "--text-column", "body", "--id-column", "key", "--json"
         )
         assert len(json_lines(done.stdout)) == 100
-        assert client.status().queue_depth == 2
+        assert client.activity().queue_depths["toxicity"] == 2
+
+    def test_another_queue(self, moderato: Moderato, client: ModerationClient) -> None:
+        moderato("submit", "one", "--queue", "toxicity.bulk")
+        assert client.activity().queue_depths == {"toxicity.interactive": 0, "toxicity": 0, "toxicity.bulk": 1}
 
     def test_json_lines_from_standard_input(self, moderato: Moderato) -> None:
         lines = '{"text": "one", "idempotency_key": "my-1"}\n\n"two"\n'
@@ -144,7 +149,27 @@ class TestReading:
         [state] = json_lines(moderato("status", "--json").stdout)
         assert state["broker_url"] == redis_url
         assert state["database_url"] == sqlite_url
-        assert (state["workers"], state["queue_depth"], state["active"]) == ([], 0, None)
+        assert (state["workers"], state["queue_depths"]["toxicity"], state["active"]) == ([], 0, None)
+        assert (state["pipelines"], state["rates"]) == ({}, {})
+
+    def test_watching_on_a_terminal_writes_over_what_it_wrote(self, moderato: Moderato) -> None:
+        # Given a terminal
+        terminal, inside = pty.openpty()
+        command = [sys.executable, "-m", "cli.main", "status", "--watch", "--interval-s", "1"]
+        watching = subprocess.Popen(
+            command, cwd=ROOT, env=moderato.environment | {"TERM": "xterm"}, stdin=inside, stdout=inside, stderr=inside
+        )
+        os.close(inside)
+        # When it has shown the queues twice
+        seen = b""
+        while seen.count(b"toxicity.bulk 0") < 2:
+            seen += os.read(terminal, 65_536)
+        # Then the cursor went back up to the first line between the two
+        assert b"\x1b[1A" in seen.partition(b"toxicity.bulk 0")[2]
+        # And Ctrl-C ends it
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(30) == 0
+        os.close(terminal)
 
     def test_status_without_a_broker_says_so_and_tells_the_rest(self, sqlite_url: str) -> None:
         moderato = Moderato(MODERATO_BROKER_URL="redis://:secret@127.0.0.1:1/0", MODERATO_DATABASE_URL=sqlite_url)

@@ -551,7 +551,8 @@ class TestStatus:
         status = client.status()
         assert status.problems == []
         assert (status.workers, status.trainers) == ([], [])
-        assert (status.queue_depth, status.held_messages) == (3, 0)
+        assert status.queue_depths == {"toxicity.interactive": 0, "toxicity": 3, "toxicity.bulk": 0}
+        assert (status.held_messages, status.pipelines) == (0, {})
         assert status.active is not None and status.active.version == "v2"
         assert [(load.worker, load.version, load.error) for load in status.loads] == [("worker@a", "v1", "damaged")]
         assert status.totals is not None and status.totals.actions == {"hide": 1}
@@ -561,9 +562,18 @@ class TestStatus:
         # Given a Redis, but a database without tables
         with ModerationClient(redis_url, empty_sqlite_url) as client:
             status = client.status()
-        assert status.queue_depth == 0
+        assert status.held_messages == 0
         assert status.totals is None
         assert len(status.problems) == 1 and "moderato db upgrade" in status.problems[0]
+
+    def test_activity_needs_no_database(self, producer: ModerationClient) -> None:
+        # Given a message in each queue, the second of an interactive comment
+        for queue in ("toxicity.interactive", "toxicity", "toxicity.bulk", "toxicity.interactive"):
+            producer.submit("hello", queue=queue)
+        # Then they are counted by queue
+        activity = producer.activity()
+        assert activity.queue_depths == {"toxicity.interactive": 2, "toxicity": 1, "toxicity.bulk": 1}
+        assert (activity.held_messages, activity.workers, activity.problems) == (0, [], [])
 
     def test_a_stock_celery_worker_answers_and_takes_the_list(
         self, producer: ModerationClient, redis_url: str, tmp_path: Path
@@ -584,6 +594,9 @@ app.worker_main(["worker", "-P", "solo", "-n", "worker@here", "-Q", "toxicity", 
         try:
             # Then it is found among the workers, and not among the trainers
             wait_until(lambda: producer.nodes() == (["worker@here"], []), what="the worker's answer")
+            # And that it cannot tell of a pipeline does not matter
+            activity = producer.activity()
+            assert (activity.workers, activity.pipelines, activity.problems) == (["worker@here"], {}, [])
             # And its task is called with the list
             producer.submit_many(["one", "two"])
             wait_until(lambda: taken.exists() and taken.read_text(), what="the worker's task")
