@@ -18,14 +18,15 @@ from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 from redis import Redis
 
 from api_client.embedded import EmbeddedRedis
-from config.names import MODERATE_QUEUE, MODERATE_TASK
+from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK
 from tests.services import wait_until
 from worker import transport
 from worker.envelope import MALFORMED_HEADER
-from worker.transport import TAGS_PER_SCRIPT, transport_options
+from worker.transport import RETURNS_KEPT_S, SUSPECT_RETURNS, TAGS_PER_SCRIPT, transport_options
 
 UNACKED = transport_options(1)["unacked_key"]
 UNACKED_INDEX = transport_options(1)["unacked_index_key"]
+RETURNS = f"{UNACKED}_returns"
 
 
 class HubConsumer:
@@ -433,6 +434,123 @@ def test_more_expired_messages_than_one_script_returns_come_back(
     assert sorted(redis.lrange(MODERATE_QUEUE, 0, -1)) == sorted(messages)
 
 
+def let_leases_end(redis: Redis, sweeper: HubConsumer) -> None:
+    """As if whoever holds messages had died a while ago."""
+    held_tags = redis.zrange(UNACKED_INDEX, 0, -1)
+    if held_tags:
+        redis.zadd(UNACKED_INDEX, dict.fromkeys(held_tags, 1))
+    sweeper.channel.qos.restore_visible()
+
+
+def test_returns_of_dead_workers_are_counted_and_others_are_not(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a message that a closed consumer gave back, and one that requeued it
+    send(producer, "a")
+    closed = consume()
+    closed.receive(1)
+    closed.close()
+    dead, sweeper = consume(), consume()
+    dead.receive(1)[0].requeue()
+    # When one consumer dies with it, and the next takes it
+    [again] = dead.receive(2)[1:]
+    let_leases_end(redis, sweeper)
+    [message] = sweeper.receive(1)
+    # Then that death alone is counted, and the message is as it was
+    assert again.returns == 0
+    assert message.returns == 1
+    assert message.body == again.body
+    # And its acknowledgement leaves nothing behind, of whatever came back
+    message.ack()
+    sweeper.tick()
+    assert not redis.exists(UNACKED, UNACKED_INDEX, RETURNS)
+
+
+def test_counts_of_messages_that_others_took_over_end_by_themselves(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    send(producer, "a")
+    dead, sweeper = consume(), consume()
+    dead.receive(1)
+    let_leases_end(redis, sweeper)
+    assert 0 < redis.ttl(RETURNS) <= RETURNS_KEPT_S
+
+
+def test_suspect_is_taken_alone(producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis) -> None:
+    # Given a message whose workers died twice, among others that are new
+    dead, consumer = consume(), consume()
+    send(producer, "suspect")
+    for death in range(1, SUSPECT_RETURNS + 1):
+        dead.receive(death)
+        let_leases_end(redis, consumer)
+    suspect = dead.messages[0]
+    sent = send(producer, "a", "b")
+    redis.rpush(MODERATE_QUEUE, redis.lpop(MODERATE_QUEUE))  # one of them goes first
+    # When they are consumed
+    [first] = consumer.receive(1)
+    for _ in range(3):
+        consumer.tick()
+    # Then what was taken before the suspect is done first, however much room there is
+    assert ids(consumer.messages) == sent[1:]
+    first.ack()
+    # And then the suspect comes, and nothing with it
+    consumer.receive(2)
+    for _ in range(3):
+        consumer.tick()
+    assert ids(consumer.messages) == [sent[1], suspect.headers["id"]]
+    assert held(redis) == 1
+    # And when it is done, the others come
+    consumer.messages[1].ack()
+    assert ids(consumer.receive(3)[2:]) == sent[:1]
+    assert not redis.exists(RETURNS)
+
+
+def test_preferred_queue_goes_first_and_each_lower_one_has_its_share(
+    producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given three full queues, named in no order
+    for queue in (BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE):
+        send(producer, *(f"{n}" for n in range(40)), queue=queue)
+    consumer = consume(queues=(BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE))
+    consumer.consumer.qos(prefetch_count=32)
+    # When one fetch brings 32 messages
+    queues = [message.delivery_info["routing_key"] for message in consumer.receive(32)]
+    # Then the lower queues have their shares, behind the preferred one
+    assert queues == [INTERACTIVE_QUEUE] * 28 + [MODERATE_QUEUE] * 2 + [BULK_QUEUE] * 2
+    # And when they come one at a time it is the same, until the preferred one is empty and the next has all but that
+    consumer.consumer.qos(prefetch_count=1)
+    for message in consumer.messages:
+        message.ack()
+    for count in range(33, 65):
+        consumer.receive(count)[-1].ack()
+    later = [message.delivery_info["routing_key"] for message in consumer.messages[32:]]
+    assert {queue: later.count(queue) for queue in later} == {INTERACTIVE_QUEUE: 12, MODERATE_QUEUE: 18, BULK_QUEUE: 2}
+
+
+def test_queues_of_other_names_take_turns(producer: celery.Celery, consume: Callable[..., HubConsumer]) -> None:
+    # Given two full queues, and room for one message at a time
+    for queue in ("news", "sports"):
+        send(producer, *(f"{n}" for n in range(10)), queue=queue)
+    consumer = consume(queues=("news", "sports"))
+    consumer.consumer.qos(prefetch_count=1)
+    for count in range(1, 11):
+        consumer.receive(count)[-1].ack()
+    # Then each gives every other message
+    queues = [message.delivery_info["routing_key"] for message in consumer.messages]
+    assert queues.count("news") == queues.count("sports") == 5
+
+
+def test_priority_orders_a_queue(producer: celery.Celery, consume: Callable[..., HubConsumer]) -> None:
+    # Given messages of every priority; in kombu's Redis transport 0 is the most urgent
+    sent = [send(producer, "p", priority=priority)[0] for priority in (9, 6, 3, 0)]
+    # When they are taken one at a time, then the urgent come first
+    consumer = consume()
+    consumer.consumer.qos(prefetch_count=1)
+    for count in range(1, 5):
+        consumer.receive(count)[-1].ack()
+    assert ids(consumer.messages) == sent[::-1]
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -561,7 +679,7 @@ def test_full_redis_still_hands_out_renews_and_forgets(
         second.requeue()
         consumer.tick()
         assert held(redis) == 1 - redis.llen(MODERATE_QUEUE)
-        # And waiting at the empty queue, which it does refuse, goes on
+        # And waiting at the empty queue goes on
         consumer.receive(3)[2].ack()
         for _ in range(3):
             consumer.tick()
