@@ -87,9 +87,10 @@ class WorkerSettings(Section):
     engine: Literal["auto", "onnx", "torch"]
     threads: int = Field(ge=0, le=1024)
     max_batch_tokens: int = Field(ge=0, le=4_194_304)
-    window_batches: int = Field(ge=1, le=256)
+    window_tokens: int = Field(ge=0, le=67_108_864)
+    reuse_texts: int = Field(ge=0, le=10_000_000)
     max_held_comments: int = Field(ge=0, le=1_000_000)
-    max_held_bytes: int = Field(ge=1_048_576)
+    max_held_bytes: int = Field(ge=0)
     visibility_timeout_s: int = Field(ge=3, le=3600)
     activation_poll_s: float = Field(gt=0, le=60)
 

@@ -97,9 +97,10 @@ class Decision(Base):
     model_version: Mapped[str] = mapped_column(String(VERSION_CHARS))
     policy_version: Mapped[str] = mapped_column(ForeignKey("policies.policy_version"))
     windows: Mapped[int]
-    """Pieces the text was scored in."""
+    """Overlapping pieces that the text was scored in: more than one where it is longer than the model reads. Each
+    score is the highest of them."""
     truncated: Mapped[bool]
-    """The text was longer than the model reads, and its end was not scored."""
+    """The text's end was not scored. False since long texts are scored in windows; true in older rows only."""
     queue_ms: Mapped[float]
     """From `submitted_at` to the start of the forward pass, milliseconds."""
     compute_ms: Mapped[float]

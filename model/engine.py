@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.names import LABELS
-from model.batching import plan_batches
-from model.text import EncodedText, TextEncoder
+from model.batching import BatchCost, Batching, plan_batches
+from model.text import TextEncoder, Windows
 from model.version import ONNX_FILE, Manifest, VersionError, verify
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,23 @@ TORCH_PROBE_TOLERANCE = 0.02
 """bf16 on a GPU against the fp32 scores in the manifest."""
 
 
+DEFAULT_WINDOW_BATCHES = 32
+
+
 class Engine(Protocol):
-    """Runs forward passes. Used by one thread at a time."""
+    """Runs forward passes, `lanes` of them side by side."""
 
     description: str
     """What runs on what, for people: `onnxruntime int8, 2 CPU threads`."""
+    lanes: int
+    """Threads that may be in `score` at once, and must be for the device to be busy."""
+    pads: bool
+    """Whether a batch costs longest × count; if not, it costs the sum of its lengths."""
     max_batch_tokens: int
-    """Padded tokens in a batch beyond which larger ones are not faster here."""
+    """A batch size that is good on most devices of this kind, where nothing was measured."""
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> Scores:
-        """One forward pass over texts of any lengths; a text's scores do not depend on its neighbours."""
+        """One forward pass over windows of any lengths; a window's scores do not depend on its neighbours."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,21 +53,36 @@ class Scorer:
     manifest: Manifest
     text_encoder: TextEncoder
     engine: Engine
+    batching: Batching = field(kw_only=True)
 
     @property
     def version(self) -> str:
         return self.manifest.version
 
-    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
         return self.text_encoder.encode(texts)
 
     def score_texts(self, texts: Sequence[str]) -> Scores:
-        """Scores of any number of texts, in their order, batched by length."""
+        """Scores of any number of texts, in their order; of a long text's windows each label's highest."""
         encoded = self.encode(texts)
-        scores = np.empty((len(texts), len(LABELS)), dtype=np.float32)
-        for batch in plan_batches([len(item.ids) for item in encoded], self.engine.max_batch_tokens):
-            scores[batch] = self.engine.score([encoded[index].ids for index in batch])
+        text_of_window = np.repeat(np.arange(len(texts)), [len(windows) for windows in encoded])
+        token_ids = [ids for windows in encoded for ids in windows]
+        batches = plan_batches([len(ids) for ids in token_ids], self.batching)
+        scores = np.zeros((len(texts), len(LABELS)), dtype=np.float32)
+        with ThreadPoolExecutor(self.engine.lanes) as lanes:
+            scored = lanes.map(lambda batch: self.engine.score([token_ids[index] for index in batch]), batches)
+            for batch, batch_scores in zip(batches, scored, strict=True):
+                np.maximum.at(scores, text_of_window[batch], batch_scores)
         return scores
+
+
+def default_batching(engine: Engine) -> Batching:
+    """How work is cut for an engine that was not measured."""
+    return Batching(
+        max_batch_tokens=engine.max_batch_tokens,
+        window_tokens=DEFAULT_WINDOW_BATCHES * engine.max_batch_tokens,
+        cost=BatchCost() if engine.pads else None,
+    )
 
 
 def load_scorer(
@@ -96,7 +119,7 @@ def load_scorer(
             from model.torch_engine import TorchEngine  # imported here: a CPU worker needs no torch
 
             loaded = TorchEngine(directory, device, threads)
-        scorer = Scorer(manifest, text_encoder, loaded)
+        scorer = Scorer(manifest, text_encoder, loaded, batching=default_batching(loaded))
         check_probes(scorer, on_onnx)
     except VersionError:
         raise

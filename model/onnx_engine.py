@@ -11,18 +11,22 @@ from model.version import ONNX_FILE
 
 
 class OnnxEngine:
-    """Scores on a CPU; see `model.engine.Engine`."""
+    """Scores on a CPU; see `model.engine.Engine`.
 
-    max_batch_tokens = 1024
+    Each core runs a forward pass of its own. One pass spread over all cores is done sooner, but its threads wait for
+    each other in every layer, and each time the tokenizer or the database takes a core from one of them.
+    """
+
+    pads = True
+    max_batch_tokens = 512
 
     def __init__(self, directory: Path, threads: int) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that spin between two batches take the cores from the tokenizer and the database.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
             str(directory / ONNX_FILE), options, providers=["CPUExecutionProvider"]
         )
+        self.lanes = threads
         self.description = f"onnxruntime int8, {threads} CPU thread{'s' if threads > 1 else ''}"
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> Scores:

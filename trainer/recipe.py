@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from config.settings import TrainerSettings
-from model.engine import Scorer, load_scorer
+from model.engine import Scorer, default_batching, load_scorer
 from model.network import ToxicityNetwork
 from model.onnx_engine import OnnxEngine
 from model.text import TOKENIZER_FILE, TextEncoder
@@ -133,7 +133,9 @@ def train_version(
         unproven = write_manifest(written, facts)
         threads = torch.get_num_threads()
         torch_scores, onnx_scores = (
-            Scorer(unproven, text_encoder, engine).score_texts([*holdout.texts, *PROBE_TEXTS])
+            Scorer(unproven, text_encoder, engine, batching=default_batching(engine)).score_texts(
+                [*holdout.texts, *PROBE_TEXTS]
+            )
             for engine in (TorchEngine(written, "cpu", threads), OnnxEngine(written, threads))
         )
         probes = [
@@ -157,7 +159,7 @@ def train_version(
 
 def _calibration(text_encoder: TextEncoder, training: Dataset, settings: TrainerSettings) -> list[list[int]]:
     drawn = np.random.default_rng(settings.seed).permutation(len(training))[: settings.calibration_texts]
-    return [encoded.ids for encoded in text_encoder.encode([training.texts[int(index)] for index in drawn])]
+    return text_encoder.encode_beginnings([training.texts[int(index)] for index in drawn])
 
 
 def _floats(row: np.ndarray) -> list[float]:

@@ -56,8 +56,8 @@ def fine_tune(
     set_seed(settings.seed)
     _keep_freed_memory()
     rows = [
-        {"input_ids": encoded.ids, "labels": labels}
-        for encoded, labels in zip(text_encoder.encode(dataset.texts), dataset.labels, strict=True)
+        {"input_ids": ids, "labels": labels}
+        for ids, labels in zip(text_encoder.encode_beginnings(dataset.texts), dataset.labels, strict=True)
     ]
     total_steps = math.ceil(len(rows) / settings.batch_size * settings.epochs)
     on_cuda = torch.cuda.is_available()

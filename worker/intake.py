@@ -24,6 +24,7 @@ from config.names import (
     MAX_COMMENTS_PER_MESSAGE,
     MAX_ID_CHARS,
     MODERATE_QUEUE,
+    PIPELINE_STATS,
     SUBMITTED_AT_HEADER,
     Reason,
 )
@@ -33,14 +34,19 @@ from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
 from worker.envelope import MALFORMED_HEADER
+from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_message
-from worker.pipeline import Delivery, Item, Pipeline
+from worker.pipeline import Pipeline
 from worker.swap import VersionFollower
 
 logger = logging.getLogger(__name__)
 
-HELD_COMMENTS_PER_BATCH_TOKEN = 0.5
-"""Comments held for each token of a batch where no setting says: 512 on a CPU, 16,384 on a GPU."""
+HELD_WINDOWS = 3
+"""Held where no setting says: one window being scored, one being gathered, one on its way in or out."""
+TOKENS_PER_COMMENT = 64
+"""Of a usual comment, to count a window's tokens in comments."""
+HELD_BYTES_PER_COMMENT = 2048
+"""Several times a usual comment, far less than the longest: those are held in smaller numbers."""
 MAX_DELIVERIES = 5
 """A message that was delivered so often, and whose worker died each time, is not tried again."""
 LONGEST_QUEUE_AGE = timedelta(days=366)
@@ -77,6 +83,7 @@ class Intake(bootsteps.StartStopStep):
         self._held_comments = 0
         self._held_bytes = 0
         self._max_held_comments = 0
+        self._max_held_bytes = 0
         # Of recent messages, to judge how many more to fetch. Begins high: the first fetches are small.
         self._comments_per_message = float(MAX_COMMENTS_PER_MESSAGE)
         self._settled: deque[Delivery] = deque()
@@ -114,27 +121,16 @@ class Intake(bootsteps.StartStopStep):
         policy = read_policy(settings().policy_file)
         self._follower = VersionFollower(database, settings(), worker)
         scorer = self._follower.load_first()
-        max_batch_tokens = self._settings.max_batch_tokens or scorer.engine.max_batch_tokens
-        self._max_held_comments = self._settings.max_held_comments or int(
-            max_batch_tokens * HELD_COMMENTS_PER_BATCH_TOKEN
+        self._max_held_comments = self._settings.max_held_comments or max(
+            MAX_COMMENTS_PER_MESSAGE, HELD_WINDOWS * scorer.batching.window_tokens // TOKENS_PER_COMMENT
         )
+        self._max_held_bytes = self._settings.max_held_bytes or HELD_BYTES_PER_COMMENT * self._max_held_comments
         pipeline = Pipeline(
-            scorer,
-            policy,
-            database,
-            max_batch_tokens=max_batch_tokens,
-            window_batches=self._settings.window_batches,
-            on_settled=self._leave_word,
+            scorer, policy, database, reuse_texts=self._settings.reuse_texts, on_settled=self._leave_word
         )
         pipeline.start()
         self._follower.follow(pipeline.exchange)
-        logger.info(
-            "batches of up to %d tokens, windows of %d batches, at most %d comments held; policy %s",
-            max_batch_tokens,
-            self._settings.window_batches,
-            self._max_held_comments,
-            policy.version[:12],
-        )
+        logger.info("at most %d comments held; policy %s", self._max_held_comments, policy.version[:12])
         return pipeline
 
     # --- messages in ---
@@ -142,7 +138,7 @@ class Intake(bootsteps.StartStopStep):
     def fetch_limit(self) -> int:
         """How many more messages may be taken now; the transport asks before each fetch."""
         room = self._max_held_comments - self._held_comments
-        if room <= 0 or self._held_bytes >= self._settings.max_held_bytes:
+        if room <= 0 or self._held_bytes >= self._max_held_bytes:
             return 0
         return math.ceil(room / self._comments_per_message)
 
@@ -181,6 +177,13 @@ class Intake(bootsteps.StartStopStep):
         items, self._arrived = self._arrived, []
         if items:
             self._pipeline.put(items)
+
+    def stats(self) -> dict[str, Any]:
+        """The pipeline's counters, and how much is held."""
+        if self._pipeline is None:
+            return {}
+        held = {"held_comments": self._held_comments, "max_held_comments": self._max_held_comments}
+        return self._pipeline.stats() | held
 
     def look_for_activation(self) -> None:
         """A broadcast said that there is a new one."""
@@ -240,6 +243,12 @@ def activation_changed(state: Any) -> dict[str, str]:
     """Look at the newest activation now."""
     state.consumer.intake.look_for_activation()
     return {"ok": "looking"}
+
+
+@control_command(name=PIPELINE_STATS)
+def pipeline_stats(state: Any) -> dict[str, Any]:
+    """What the pipeline has done since its start, and what waits in it now."""
+    return state.consumer.intake.stats()
 
 
 def _set_aside(message: Any) -> Parsed | None:

@@ -1,8 +1,8 @@
 """Prepare, score, decide, record: what happens to comments between intake and acknowledgement.
 
-Three threads joined by queues: one tokenizes, one runs the engine, one writes to the database, so that the next
-batch is tokenized and the last one written while the device runs this one. The queues need no bounds of their own:
-intake bounds how much the whole pipeline holds.
+One thread tokenizes, one for each lane of the engine runs forward passes, one writes to the database, so that the
+next texts are tokenized and the last ones written while the device is at work. The queues between them need no bounds
+of their own: intake bounds how much the whole pipeline holds.
 """
 
 import hashlib
@@ -12,9 +12,11 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Connection, Engine
@@ -22,58 +24,30 @@ from sqlalchemy import Connection, Engine
 from config.names import LABELS, Reason
 from db.queries import DeadLetterRow, ScoredSubmission, record_dead_letters, record_decisions, store_policy
 from db.session import is_outage, writing
-from model.batching import plan_batches
+from model.batching import Batching, padded_tokens, plan_batches
 from model.engine import Scorer, Scores
 from model.policy import Policy
-from model.text import EncodedText
-from worker.message import Refused, Submitted, refuse_comment
+from worker.job import Delivery, Item, Job, Piece
+from worker.message import Refused, refuse_comment
+from worker.reuse import Reuse
 
 logger = logging.getLogger(__name__)
 
 PREPARE_COMMENTS = 64
 """Tokenized at a time: enough to use every core, few enough that the engine need not wait for them."""
+RECORD_COMMENTS = 512
+"""Written in one transaction at most, where more batches than one are through."""
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
 """Pauses while the database is away, doubling from the first to the last."""
 EXIT_BROKEN = 70
 """Exit status of a worker whose engine or pipeline broke; EX_SOFTWARE of sysexits.h."""
 
-
-@dataclass(slots=True, eq=False)
-class Delivery:
-    """One message on its way: it may be acknowledged when `open` reaches nothing.
-
-    `open` is counted down by the recorder alone.
-    """
-
-    acknowledge: Callable[[], None]
-    queue: str
-    received_at: datetime
-    submitted_at: datetime
-    comments: int
-    text_bytes: int
-    open: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.open = self.comments
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """One comment on its way, and the version whose tokenizer prepared it and which must therefore score it."""
-
-    submitted: Submitted
-    delivery: Delivery
-    encoded: EncodedText | None = None
-    scorer: Scorer | None = None
-
-    @property
-    def text(self) -> str:
-        return self.submitted.comment.text
+Work = TypeVar("Work")
 
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """What a batch came to, to be recorded in one transaction."""
+    """What comments came to, to be recorded in one transaction."""
 
     deliveries: list[Delivery]
     """One entry for each comment, or refusal, that is settled by it."""
@@ -81,6 +55,29 @@ class Outcome:
     items: list[Item] = field(default_factory=list)
     """The comments of `rows`, in their order."""
     letters: list[DeadLetterRow] = field(default_factory=list)
+
+    def extend(self, other: "Outcome") -> None:
+        self.deliveries.extend(other.deliveries)
+        self.rows.extend(other.rows)
+        self.items.extend(other.items)
+        self.letters.extend(other.letters)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the pipeline began. Seconds of `score` are summed over the lanes."""
+
+    arrived: int = 0
+    prepared: int = 0
+    decided: int = 0
+    recorded: int = 0
+    dead_letters: int = 0
+    batches: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    prepare_s: float = 0.0
+    score_s: float = 0.0
+    record_s: float = 0.0
 
 
 class Pipeline:
@@ -92,22 +89,27 @@ class Pipeline:
         policy: Policy,
         database: Engine,
         *,
-        max_batch_tokens: int,
-        window_batches: int,
+        reuse_texts: int,
         on_settled: Callable[[list[Delivery]], None],
     ) -> None:
         self._scorer = scorer
         self._policy = policy
         self._database = database
-        self._max_batch_tokens = max_batch_tokens
-        self._window_batches = window_batches
         self._on_settled = on_settled
         self._policy_stored = False
         self._outage = threading.Event()
         self._stopping = threading.Event()
+        self._started = time.monotonic()
         self._arrived: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
-        self._prepared: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        # What the lanes share, and the lock for it. A lane that finds no planned batch plans the next window itself.
+        self._lock = threading.Lock()
+        self._prepared = threading.Condition(self._lock)
+        self._short: deque[Piece] = deque()
+        self._long: deque[Piece] = deque()
+        self._planned: deque[list[Piece]] = deque()
+        self._reuse = Reuse(reuse_texts)
+        self._counters = Counters()
 
     @property
     def database_is_away(self) -> bool:
@@ -115,7 +117,8 @@ class Pipeline:
         return self._outage.is_set()
 
     def start(self) -> None:
-        for stage in (self._prepare, self._score, self._record):
+        stages = [self._prepare, *[self._score] * self._scorer.engine.lanes, self._record]
+        for stage in stages:
             threading.Thread(target=self._run, args=(stage,), name=stage.__name__.strip("_"), daemon=True).start()
 
     def exchange(self, scorer: Scorer) -> None:
@@ -128,12 +131,39 @@ class Pipeline:
 
     def put(self, items: list[Item]) -> None:
         """Comments to score. Never blocks."""
+        self._counters.arrived += len(items)
         self._arrived.put(items)
 
     def refuse(self, refused: Sequence[Refused], delivery: Delivery) -> None:
         """What cannot be scored, to be recorded as it is. Never blocks."""
         letters = [_letter(refusal, delivery) for refusal in refused]
         self._finished.put(Outcome([delivery] * len(letters), letters=letters))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what waits now, as plain JSON: see `config.names.PIPELINE_STATS`."""
+        scorer = self._scorer
+        with self._lock:
+            now = self._counters
+            return {
+                "uptime_s": time.monotonic() - self._started,
+                "version": scorer.version,
+                "engine": scorer.engine.description,
+                "lanes": scorer.engine.lanes,
+                "max_batch_tokens": scorer.batching.max_batch_tokens,
+                "comments": now.recorded,
+                "batches": now.batches,
+                "tokens": now.tokens,
+                "padded_tokens": now.padded_tokens,
+                "dead_letters": now.dead_letters,
+                "duplicates": self._reuse.joined,
+                "cache_hits": self._reuse.recalled,
+                "busy_s": {"prepare": now.prepare_s, "score": now.score_s, "record": now.record_s},
+                "waiting": {
+                    "prepare": now.arrived - now.prepared,
+                    "score": now.prepared - now.decided,
+                    "record": now.decided - now.recorded,
+                },
+            }
 
     def _run(self, stage: Callable[[], None]) -> None:
         try:
@@ -148,62 +178,105 @@ class Pipeline:
 
     def _prepare(self) -> None:
         items = self._arrived.get()
+        started = time.perf_counter()
         while len(items) < PREPARE_COMMENTS and not self._arrived.empty():
             items.extend(self._arrived.get())
         for start in range(0, len(items), PREPARE_COMMENTS):
-            divide_on_failure(items[start : start + PREPARE_COMMENTS], self._encode, self._refuse_poison)
+            scorer = self._scorer
+            jobs = [Job(item, scorer) for item in items[start : start + PREPARE_COMMENTS]]
+            with self._lock:
+                new, answered = self._reuse.sort(jobs)
+                self._counters.prepared += len(jobs)
+            if answered:
+                self._decide(answered)
+            if new:
+                divide_on_failure(new, self._encode, self._refuse_poison)
+        self._counters.prepare_s += time.perf_counter() - started
 
-    def _encode(self, chunk: list[Item]) -> None:
-        scorer = self._scorer
-        for item, encoded in zip(chunk, scorer.encode([item.text for item in chunk]), strict=True):
-            item.encoded, item.scorer = encoded, scorer
-        self._prepared.put(chunk)
+    def _encode(self, jobs: list[Job]) -> None:
+        encoded = jobs[0].scorer.encode([job.text for job in jobs])
+        with self._prepared:
+            for job, windows in zip(jobs, encoded, strict=True):
+                job.expect(len(windows))
+                (self._short if len(windows) == 1 else self._long).extend([Piece(job, ids) for ids in windows])
+            self._prepared.notify()
 
     # --- score and decide ---
 
     def _score(self) -> None:
-        """One window: everything that came while the last one was scored, up to several batches' worth."""
-        window = self._prepared.get()
-        tokens = sum(map(_length, window))
-        while tokens < self._window_batches * self._max_batch_tokens and not self._prepared.empty():
-            chunk = self._prepared.get()
-            tokens += sum(map(_length, chunk))
-            window.extend(chunk)
-        # Two versions only meet in a window while they are being exchanged.
-        for scorer in dict.fromkeys(item.scorer for item in window):
-            assert scorer is not None
-            same = [item for item in window if item.scorer is scorer]
-            for batch in plan_batches(list(map(_length, same)), self._max_batch_tokens):
-                divide_on_failure([same[index] for index in batch], self._score_batch, self._refuse_poison)
+        batch = self._next_batch()
+        divide_on_failure(batch, self._score_batch, lambda piece, error: self._refuse_poison(piece.job, error))
 
-    def _score_batch(self, batch: list[Item]) -> None:
-        scorer = batch[0].scorer
-        assert scorer is not None
+    def _next_batch(self) -> list[Piece]:
+        """The next of the window; when there is none, of a new window: everything that came meanwhile."""
+        with self._prepared:
+            while not self._planned:
+                while not (self._short or self._long):
+                    self._prepared.wait()
+                window = take_window(self._short, self._long, self._scorer.batching)
+                # Two versions only meet in a window while they are being exchanged.
+                for scorer in dict.fromkeys(piece.job.scorer for piece in window):
+                    same = [piece for piece in window if piece.job.scorer is scorer]
+                    batches = plan_batches([len(piece.ids) for piece in same], scorer.batching)
+                    self._planned.extend([same[index] for index in batch] for batch in batches)
+            batch = self._planned.popleft()
+            if self._planned or self._short or self._long:
+                self._prepared.notify()
+            return batch
+
+    def _score_batch(self, batch: list[Piece]) -> None:
+        scorer = batch[0].job.scorer
         started_at, started = datetime.now(UTC), time.perf_counter()
-        scores = _checked(scorer.engine.score([item.encoded.ids for item in batch if item.encoded]), len(batch))
-        compute_ms = (time.perf_counter() - started) * 1000
-        rows = [
-            self._decide(item, scorer.version, row, started_at, compute_ms)
-            for item, row in zip(batch, scores.tolist(), strict=True)
-        ]
-        self._finished.put(Outcome([item.delivery for item in batch], rows, batch))
+        scores = _checked(scorer.engine.score([piece.ids for piece in batch]), len(batch)).tolist()
+        seconds = time.perf_counter() - started
+        lengths = [len(piece.ids) for piece in batch]
+        with self._lock:
+            self._counters.batches += 1
+            self._counters.score_s += seconds
+            self._counters.tokens += sum(lengths)
+            self._counters.padded_tokens += padded_tokens(lengths, scorer.batching)
+            complete = [
+                piece.job
+                for piece, labels in zip(batch, scores, strict=True)
+                if piece.job.add(labels, started_at, seconds * 1000)
+            ]
+            for job in complete:
+                self._reuse.end(job)
+        if complete:
+            self._decide(complete)
 
-    def _refuse_poison(self, item: Item, error: Exception) -> None:
-        """Set one comment aside; unless the engine is dead, which is no comment's fault."""
-        scorer = item.scorer or self._scorer
+    def _refuse_poison(self, job: Job, error: Exception) -> None:
+        """Set a text's comments aside; unless the engine is dead, which is no comment's fault."""
+        scorer = job.scorer
         try:
             _checked(scorer.score_texts(["ok"]), 1)
         except Exception as also:
             _die(f"the engine ({scorer.engine.description}) can no longer score anything", also)
+        with self._lock:
+            if job.failed:  # another of its windows was here before
+                return
+            job.failed = True
+            self._reuse.end(job)
+            self._counters.decided += len(job.items)
         detail = f"version {scorer.version} could not score it ({_kind(error)}), though it scores others"
-        refused = refuse_comment(item.submitted.submission_id, item.submitted.comment, Reason.SCORING_FAILED, detail)
-        self.refuse([refused], item.delivery)
+        for submitted, delivery in job.items:
+            refused = refuse_comment(submitted.submission_id, submitted.comment, Reason.SCORING_FAILED, detail)
+            self.refuse([refused], delivery)
 
-    def _decide(
-        self, item: Item, version: str, scores: list[float], started_at: datetime, compute_ms: float
-    ) -> ScoredSubmission:
-        submitted, comment, delivery = item.submitted, item.submitted.comment, item.delivery
-        verdict = self._policy.decide(comment.community, scores)
+    def _decide(self, jobs: list[Job]) -> None:
+        decided = [(item, job) for job in jobs for item in job.items]
+        now = datetime.now(UTC)
+        rows = [self._row(item, job, now) for item, job in decided]
+        items = [item for item, _ in decided]
+        with self._lock:
+            self._counters.decided += len(rows)
+        self._finished.put(Outcome([item.delivery for item in items], rows, items))
+
+    def _row(self, item: Item, job: Job, now: datetime) -> ScoredSubmission:
+        submitted, delivery = item
+        comment = submitted.comment
+        assert job.scores is not None and job.started_at is not None
+        verdict = self._policy.decide(comment.community, job.scores.labels)
         return ScoredSubmission(
             submission_id=submitted.submission_id,
             community=comment.community,
@@ -215,30 +288,37 @@ class Pipeline:
             context=comment.context,
             created_at=comment.created_at,
             submitted_at=delivery.submitted_at,
-            **dict(zip(LABELS, scores, strict=True)),
+            **dict(zip(LABELS, job.scores.labels, strict=True)),
             action=verdict.action.value,
             fired_label=verdict.label,
             fired_threshold=verdict.threshold,
-            model_version=version,
+            model_version=job.scorer.version,
             policy_version=self._policy.version,
-            windows=1,
-            truncated=item.encoded is not None and item.encoded.truncated,
-            queue_ms=max(0.0, (started_at - delivery.submitted_at) / timedelta(milliseconds=1)),
-            compute_ms=compute_ms,
-            # The whole batch carries one time: that of its forward pass' end.
-            decided_at=started_at + timedelta(milliseconds=compute_ms),
+            windows=job.scores.windows,
+            truncated=False,
+            # One that joined a text already on its way may have come after that one's forward pass began.
+            queue_ms=max(0.0, (job.started_at - delivery.submitted_at) / timedelta(milliseconds=1)),
+            compute_ms=job.compute_ms,
+            decided_at=now,
         )
 
     # --- record ---
 
     def _record(self) -> None:
         outcome = self._finished.get()
+        started = time.perf_counter()
+        while len(outcome.deliveries) < RECORD_COMMENTS and not self._finished.empty():
+            outcome.extend(self._finished.get())
         pause_s = FIRST_RETRY_S
         while not self._try_to_record(outcome):
             if self._stopping.is_set():
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_RETRY_S)
+        with self._lock:
+            self._counters.recorded += len(outcome.rows)
+            self._counters.dead_letters += len(outcome.letters)
+            self._counters.record_s += time.perf_counter() - started
         settled = []
         for delivery in outcome.deliveries:
             delivery.open -= 1
@@ -295,9 +375,22 @@ class Pipeline:
             store_policy(connection, self._policy.text, now=datetime.now(UTC))
 
 
-def _length(item: Item) -> int:
-    assert item.encoded is not None, "an item is scored before it is prepared; this is a bug"
-    return len(item.encoded.ids)
+def take_window(short: deque[Piece], long: deque[Piece], batching: Batching) -> list[Piece]:
+    """Take the pieces for the next window, first come first served.
+
+    Long texts' pieces are all alike, so they gain nothing from a large window, and a short text should not wait for
+    all of one's windows. They get one batch, or, where many short texts wait, as many tokens as those.
+    """
+    window: list[Piece] = []
+    tokens = 0
+    while short and tokens < batching.window_tokens:
+        tokens += len(short[0].ids)
+        window.append(short.popleft())
+    room = max(tokens, batching.max_batch_tokens)
+    while long and room > 0:
+        room -= len(long[0].ids)
+        window.append(long.popleft())
+    return window
 
 
 def _checked(scores: Scores, count: int) -> Scores:
@@ -333,11 +426,11 @@ def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
 
 
 def divide_on_failure(
-    batch: list[Item], work: Callable[[list[Item]], None], fail_alone: Callable[[Item, Exception], None]
+    batch: list[Work], work: Callable[[list[Work]], None], fail_alone: Callable[[Work, Exception], None]
 ) -> None:
     """Do the work on a batch; where it fails, on its halves.
 
-    So a batch too large for the device's memory goes on in parts, and one poison comment fails alone.
+    So a batch too large for the device's memory goes on in parts, and one poison text fails alone.
     """
     try:
         work(batch)

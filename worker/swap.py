@@ -13,15 +13,17 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine
 
 from config.names import STARTER_VERSION
-from config.settings import Settings
+from config.settings import ROOT, Settings
 from db import queries
 from db.queries import ActivationRow
 from db.session import reading, writing
 from model.engine import Scorer, load_scorer
+from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
 
 logger = logging.getLogger(__name__)
 
+MEASUREMENTS_DIRECTORY = ROOT / "var" / "batching"
 RETRY_REFUSED_S = 30.0
 """Between two attempts at an activated version that was refused: a shared directory may only be late."""
 
@@ -124,12 +126,18 @@ class VersionFollower:
 
     def _load(self, version: str) -> Scorer:
         worker = self._settings.worker
-        return load_scorer(
+        scorer = load_scorer(
             version_directory(version, self._settings.versions_dir),
             device=worker.device,
             engine=worker.engine,
             threads=worker.threads,
             expected_version=version,
+        )
+        return tuned(
+            scorer,
+            MEASUREMENTS_DIRECTORY,
+            max_batch_tokens=worker.max_batch_tokens,
+            window_tokens=worker.window_tokens,
         )
 
     def _record(self, activation: ActivationRow, error: str | None) -> None:

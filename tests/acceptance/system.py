@@ -33,7 +33,7 @@ TIMEOUT_S = 180
 """For anything: the machine may be busy."""
 LOG_END_BYTES = 6_000
 
-SMALL_STEPS = {"max_batch_tokens": "128", "window_batches": "2", "max_held_comments": "64"}
+SMALL_STEPS = {"max_batch_tokens": "128", "window_tokens": "256", "max_held_comments": "64"}
 """Worker settings with which a queue lasts long enough to do something in the middle of it."""
 
 QUICK_TRAINING = {

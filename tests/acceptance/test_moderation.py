@@ -16,15 +16,15 @@ from tests.acceptance.system import TIMEOUT_S, System
 
 
 @pytest.fixture(scope="module")
-def alone(texts: list[str]) -> tuple[Scores, list[bool]]:
-    """The starter's scores of every comment, each in a forward pass of its own, and whether each text was cut."""
+def alone(texts: list[str]) -> tuple[Scores, list[int]]:
+    """The starter's scores of every comment, each in a forward pass of its own, and each text's windows."""
     starter = load_scorer(STARTER_DIRECTORY, device="cpu")
     scores = np.concatenate([starter.score_texts([text]) for text in texts])
-    return scores, [encoded.truncated for encoded in starter.encode(texts)]
+    return scores, [len(windows) for windows in starter.encode(texts)]
 
 
 def test_every_comment_gets_one_decision_as_if_it_were_alone(
-    new_system: System, texts: list[str], alone: tuple[Scores, list[bool]]
+    new_system: System, texts: list[str], alone: tuple[Scores, list[int]]
 ) -> None:
     # Given a worker on a new database
     system = new_system
@@ -48,9 +48,9 @@ def test_every_comment_gets_one_decision_as_if_it_were_alone(
     rows = [decisions[submission_id] for submission_id in ids]
     assert [row.text for row in rows] == texts
     # And its scores are those of the same text alone
-    scores, truncated = alone
+    scores, windows = alone
     assert np.abs(np.array([list(row.scores.values()) for row in rows]) - scores).max() <= 1e-5
-    assert [row.truncated for row in rows] == truncated
+    assert [row.windows for row in rows] == windows
     # And the action is what the policy makes of them
     policy = read_policy(load_settings({}).policy_file)
     for row in rows:
@@ -59,3 +59,23 @@ def test_every_comment_gets_one_decision_as_if_it_were_alone(
     # And nothing is left behind
     system.wait_until_nothing_is_left()
     assert system.client.dead_letters() == []
+
+
+def test_a_threat_at_the_end_of_a_long_text_is_found(new_system: System) -> None:
+    # Given a worker, and 3,000 harmless words
+    system = new_system
+    system.start_worker()
+    sentence = "the engineers said in the town hall how the new railway bridge and both tunnels would be built "
+    harmless = sentence * 170
+    assert len(harmless.split()) > 3_000
+    # When they are submitted alone, and with a threat behind them
+    quiet, loud = system.client.submit_many([harmless, f"{harmless} I will find you and kill you."])
+    system.wait_for_decisions([quiet, loud])
+    # Then the threat is found, in the last of many windows
+    decisions = {row.submission_id: row for row in system.decisions()}
+    assert decisions[quiet].action == "allow"
+    assert decisions[loud].action != "allow"
+    assert decisions[loud].threat > 0.5 > 10 * decisions[quiet].threat
+    assert decisions[loud].windows > 10
+    # And a text of which nothing was left out says so
+    assert not decisions[loud].truncated

@@ -12,8 +12,9 @@ from config.settings import ROOT
 from model.engine import Scorer, Scores
 from model.policy import read_policy
 from tests.services import wait_until
+from worker.job import Delivery, Item
 from worker.message import parse_message
-from worker.pipeline import Delivery, Item, Pipeline
+from worker.pipeline import Pipeline
 
 POLICY = read_policy(ROOT / "config" / "policy.yaml")
 
@@ -21,15 +22,14 @@ POLICY = read_policy(ROOT / "config" / "policy.yaml")
 class Moderator:
     """Reads messages, and notes which are acknowledged."""
 
-    def __init__(self, scorer: Scorer, database: Engine) -> None:
+    def __init__(self, scorer: Scorer, database: Engine, *, reuse_texts: int = 1_000) -> None:
         self.delivered: list[str] = []
         self.acknowledged: list[str] = []
         self.pipeline = Pipeline(
             scorer,
             POLICY,
             database,
-            max_batch_tokens=scorer.engine.max_batch_tokens,
-            window_batches=8,
+            reuse_texts=reuse_texts,
             on_settled=self._acknowledge,
         )
 
@@ -74,6 +74,7 @@ class _Wrapped:
         after: Callable[[Sequence[Sequence[int]], Scores], None],
     ) -> None:
         self.description = scorer.engine.description
+        self.lanes, self.pads = scorer.engine.lanes, scorer.engine.pads
         self.max_batch_tokens = scorer.engine.max_batch_tokens
         self._engine = scorer.engine
         self._before = before

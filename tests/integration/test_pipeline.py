@@ -21,7 +21,7 @@ from db import queries
 from db.queries import DeadLetterRow, Result
 from db.session import open_database, reading, writing
 from model.engine import Scorer, Scores, load_scorer
-from model.text import EncodedText, TextEncoder
+from model.text import TextEncoder, Windows
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.outage import outage
 from tests.services import wait_until
@@ -116,7 +116,11 @@ class TestDeciding:
         assert (row.comment_id, row.community, row.author, row.language) == ("7", "news", "me", "en")
         assert row.created_at == datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
         assert row.context == {"thread": [1, None]}
-        assert (row.text, row.truncated, row.windows) == (whole["text"], True, 1)
+        assert (row.text, row.truncated, row.windows) == (
+            whole["text"],
+            False,
+            len(scorer.encode([str(whole["text"])])[0]),
+        )
         assert (row.model_version, row.policy_version) == ("tiny-1", POLICY.version)
         assert row.queue_ms >= 0 < row.compute_ms
         assert before <= row.submitted_at <= row.decided_at <= datetime.now(UTC)
@@ -193,6 +197,129 @@ class TestIdempotency:
             moderator.finish()
             moderator.deliver("second", first | changes)
         moderator.finish()
+
+
+class TestReuse:
+    def test_a_flood_of_one_text_costs_one_forward_pass(self, scorer: Scorer, engine: Engine) -> None:
+        # Given an engine that counts what it is given
+        counting, scored = counting_scorer(scorer)
+        moderator = Moderator(counting, engine)
+        # When the same text comes a hundred times at once, also as its look-alike, and again later, beside another one
+        spam, look_alike = f"{MARKER} BUY NOW", f"{MARKER} ＢＵＹ ＮＯＷ"
+        moderator.deliver("flood", *[{"text": spam, "id": n} for n in range(99)], {"text": look_alike})
+        moderator.start()
+        moderator.finish()
+        moderator.deliver("later", {"text": spam}, {"text": f"{MARKER} other"}, {"text": spam, "store_text": False})
+        moderator.finish()
+        # Then each is decided with its own row and its own text, by the same scores
+        found = results(engine)
+        assert set(found) == ids("flood", 100) | ids("later", 3)
+        alike = [result for key, result in found.items() if key != "later:1"]
+        assert len({tuple(result.scores.values()) for result in alike}) == 1
+        assert found["flood:99"].text == look_alike
+        assert found["later:2"].text is None
+        # And the engine has seen it once
+        assert scored == [scorer.encode([spam])[0][0], scorer.encode([f"{MARKER} other"])[0][0]]
+        # And what was spared is counted
+        stats = moderator.pipeline.stats()
+        assert (stats["comments"], stats["duplicates"], stats["cache_hits"], stats["batches"]) == (103, 99, 2, 2)
+
+    def test_another_version_scores_it_anew(
+        self, scorer: Scorer, engine: Engine, tiny_version: Path, tmp_path: Path
+    ) -> None:
+        moderator = Moderator(scorer, engine)
+        moderator.start()
+        moderator.deliver("old", {"text": MARKER})
+        moderator.finish()
+        other, scored = counting_scorer(
+            load_scorer(copy_version(tiny_version, tmp_path, "tiny-2"), device="cpu", threads=1)
+        )
+        moderator.pipeline.exchange(other)
+        moderator.deliver("new", {"text": MARKER})
+        moderator.finish()
+        assert len(scored) == 1
+        assert {key: result.model_version for key, result in results(engine).items()} == {
+            "old:0": "tiny-1",
+            "new:0": "tiny-2",
+        }
+
+    def test_nothing_is_reused_where_that_is_switched_off(self, scorer: Scorer, engine: Engine) -> None:
+        counting, scored = counting_scorer(scorer)
+        moderator = Moderator(counting, engine, reuse_texts=0)
+        moderator.deliver("m", *[{"text": MARKER}] * 5)
+        moderator.start()
+        moderator.finish()
+        moderator.deliver("again", {"text": MARKER})
+        moderator.finish()
+        assert len(scored) == 6
+
+    def test_poison_is_set_aside_for_each_comment_that_holds_it(self, scorer: Scorer, engine: Engine) -> None:
+        moderator = Moderator(poisoned(scorer, "engine raises"), engine)
+        moderator.deliver("m", {"text": POISON}, {"text": MARKER}, {"text": POISON})
+        moderator.start()
+        moderator.finish()
+        moderator.deliver("later", {"text": POISON})
+        moderator.finish()
+        assert set(results(engine)) == {"m:1"}
+        assert set(letters(engine)) == {"m:0", "m:2", "later:0"}
+
+
+class TestLongTexts:
+    def test_the_row_says_in_how_many_windows_a_text_was_scored(self, scorer: Scorer, engine: Engine) -> None:
+        # Given a text of many windows among short ones
+        long_text = f"{MARKER} " + " ".join(text["text"] for text in comments(8))
+        moderator = Moderator(scorer, engine)
+        moderator.deliver("m", *comments(20), {"text": long_text}, *comments(20, 20))
+        moderator.start()
+        moderator.finish()
+        # Then its scores are those of its worst windows
+        found = results(engine)
+        windows = scorer.encode([long_text])[0]
+        worst = np.max([scorer.engine.score([ids])[0] for ids in windows], axis=0)
+        assert found["m:20"].windows == len(windows) > 5
+        assert list(found["m:20"].scores.values()) == pytest.approx(worst.tolist(), abs=1e-5)
+
+    def test_one_window_that_cannot_be_scored_sets_the_whole_text_aside_once(
+        self, scorer: Scorer, engine: Engine
+    ) -> None:
+        # Given a text of several windows, of which two alike make the engine fail
+        long_text = f"{MARKER} " + "word " * 600
+        windows = scorer.encode([long_text])[0]
+        assert windows.count(windows[2]) >= 2
+
+        def fail(token_ids: Sequence[Sequence[int]]) -> None:
+            if windows[2] in token_ids:
+                raise RuntimeError
+
+        moderator = Moderator(wrapped(scorer, before=fail), engine)
+        moderator.deliver("m", *comments(3), {"text": long_text})
+        moderator.start()
+        moderator.finish()
+        assert set(results(engine)) == ids("m", 3)
+        assert set(letters(engine)) == {"m:3"}
+
+    def test_a_short_text_does_not_wait_for_all_of_a_long_ones_windows(self, scorer: Scorer, engine: Engine) -> None:
+        # Given an engine that is at work on a long text, and a short one that comes meanwhile
+        order: list[int] = []
+        at_work, may_go_on = threading.Event(), threading.Event()
+
+        def wait(token_ids: Sequence[Sequence[int]]) -> None:
+            order.append(max(map(len, token_ids)))
+            at_work.set()
+            assert may_go_on.wait(60)
+
+        batching = replace(scorer.batching, max_batch_tokens=128)
+        moderator = Moderator(replace(wrapped(scorer, before=wait), batching=batching), engine)
+        moderator.start()
+        moderator.deliver("long", {"text": f"{MARKER} " + "word " * 2_000})
+        assert at_work.wait(60)
+        moderator.deliver("short", {"text": MARKER})
+        wait_until(lambda: moderator.pipeline.stats()["waiting"]["prepare"] == 0, what="preparation")
+        may_go_on.set()
+        moderator.finish()
+        # Then it is among the first
+        assert len(order) > 10
+        assert min(order) in order[:4]
 
 
 class TestTrouble:
@@ -358,7 +485,7 @@ class TestOutage:
         moderator = Moderator(scorer, database)
         moderator.start()
         with outage(database_url):
-            moderator.deliver("m", *comments(3))
+            moderator.deliver("m", *comments(1))
             wait_until(lambda: moderator.pipeline.database_is_away, what="the outage being noticed")
             moderator.pipeline.stop_waiting()
             # It takes the next only when it has given up on the first
@@ -376,7 +503,7 @@ class TestOutage:
 
 def poisoned(scorer: Scorer, trouble: str) -> Scorer:
     """The scorer, but it cannot take POISON."""
-    poison = scorer.encode([POISON])[0].ids
+    poison = scorer.encode([POISON])[0][0]
 
     def fail(token_ids: Sequence[Sequence[int]]) -> None:
         if poison in token_ids:
@@ -394,10 +521,16 @@ class FailingEncoder(TextEncoder):
     def __init__(self, scorer: Scorer) -> None:
         self._encoder = scorer.text_encoder
 
-    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
         if POISON in texts:
             raise ValueError(f"cannot split {POISON}")
         return self._encoder.encode(texts)
+
+
+def counting_scorer(scorer: Scorer) -> tuple[Scorer, list[Sequence[int]]]:
+    """The scorer, and all that its engine is given."""
+    scored: list[Sequence[int]] = []
+    return wrapped(scorer, before=scored.extend), scored
 
 
 class CountingEncoder(TextEncoder):
@@ -405,7 +538,7 @@ class CountingEncoder(TextEncoder):
         self._encoder = scorer.text_encoder
         self.texts = 0
 
-    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
         encoded = self._encoder.encode(texts)
         self.texts += len(texts)
         return encoded

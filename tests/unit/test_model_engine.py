@@ -3,14 +3,17 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.engine import Scorer, _choose_onnx, check_probes, load_scorer
-from model.text import TextEncoder
-from model.version import ONNX_FILE, VersionError, read_manifest, write_manifest
+from model.text import TextEncoder, window_starts
+from model.version import ONNX_FILE, STARTER_DIRECTORY, VersionError, read_manifest, write_manifest
 from tests.tiny import HOLDOUT, copy_version
 from trainer.dataset import read_csv
 
@@ -46,9 +49,10 @@ def test_a_batch_scores_as_each_of_its_texts_alone(scorer: Scorer, texts: list[s
 
 def test_padding_does_not_matter(scorer: Scorer, texts: list[str]) -> None:
     # Given one batch of all of them, the shortest padded to the longest, where the scorer would have sorted
-    ids = [encoded.ids for encoded in scorer.encode(texts)]
+    ids = scorer.text_encoder.encode_beginnings(texts)
     assert max(map(len, ids)) == 64 > 20 * min(map(len, ids))
-    assert np.abs(scorer.engine.score(ids) - scorer.score_texts(texts)).max() < ALONE
+    alone = np.concatenate([scorer.engine.score([window]) for window in ids])
+    assert np.abs(scorer.engine.score(ids) - alone).max() < ALONE
 
 
 def test_the_order_does_not_matter(scorer: Scorer, texts: list[str]) -> None:
@@ -80,15 +84,46 @@ def test_look_alike_letters_are_the_same_text(scorer: Scorer) -> None:
     assert plain == wide == circled
 
 
-def test_a_text_is_cut_where_the_version_stops_reading(tiny_version: Path) -> None:
-    whole = TextEncoder(tiny_version, 512).encode(["word " * 20])[0]
-    length = len(whole.ids)
-    assert not whole.truncated
-    # Given a version that reads exactly as much, and one that reads a token less
-    exact = TextEncoder(tiny_version, length).encode(["word " * 20])[0]
-    shorter = TextEncoder(tiny_version, length - 1).encode(["word " * 20])[0]
-    assert (len(exact.ids), exact.truncated) == (length, False)
-    assert (len(shorter.ids), shorter.truncated) == (length - 1, True)
+def test_a_text_longer_than_the_version_reads_becomes_several_windows() -> None:
+    text = " ".join(f"word{n}" for n in range(300))
+    (whole,) = TextEncoder(STARTER_DIRECTORY, 8_192).encode([text])[0]
+    # Given a version that reads exactly as much
+    assert TextEncoder(STARTER_DIRECTORY, len(whole)).encode([text]) == [[whole]]
+    # And one that reads less
+    windows = TextEncoder(STARTER_DIRECTORY, 200).encode([text])[0]
+    # Then each window is half of what it reads, with the special tokens of its own
+    assert all((len(ids), ids[0], ids[-1]) == (100, whole[0], whole[-1]) for ids in windows)
+    # And together they are the text
+    starts = window_starts(len(whole) - 2, 98)
+    assert [ids[1:-1] for ids in windows] == [whole[1:-1][start : start + 98] for start in starts]
+
+
+def test_training_reads_the_beginning_of_a_long_text() -> None:
+    text = " ".join(f"word{n}" for n in range(300))
+    (whole,) = TextEncoder(STARTER_DIRECTORY, 8_192).encode_beginnings([text])
+    assert TextEncoder(STARTER_DIRECTORY, len(whole)).encode_beginnings([text]) == [whole]
+    assert TextEncoder(STARTER_DIRECTORY, 200).encode_beginnings([text]) == [[*whole[:199], whole[-1]]]
+
+
+@given(st.integers(1, 3_000), st.integers(1, 300))
+def test_windows_cover_a_text_and_overlap_by_a_quarter(length: int, window: int) -> None:
+    starts = window_starts(length, window)
+    assert starts[0] == 0
+    assert starts[-1] + window == max(length, window)
+    for start, following in pairwise(starts):
+        assert start < following <= start + window - window // 4
+
+
+def test_what_is_said_at_the_end_of_a_long_text_counts(scorer: Scorer) -> None:
+    # Given a text, and the same far behind others
+    said = "you are a stupid idiot"
+    (behind,) = scorer.score_texts(["the article about trains " * 200 + said])
+    harmless = scorer.score_texts(["the article about trains " * 200])[0]
+    # Then what its windows say is the highest of each
+    windows = scorer.encode(["the article about trains " * 200 + said])[0]
+    assert len(windows) > 3
+    assert behind == pytest.approx(np.max([scorer.engine.score([ids])[0] for ids in windows], axis=0), abs=ALONE)
+    assert (behind != harmless).any()
 
 
 # --- Which engine ---
@@ -139,6 +174,7 @@ class OtherScores:
 
     def __init__(self, scorer: Scorer, value: float) -> None:
         self.description = scorer.engine.description
+        self.lanes, self.pads = scorer.engine.lanes, scorer.engine.pads
         self.max_batch_tokens = scorer.engine.max_batch_tokens
         self._value = value
 

@@ -33,15 +33,15 @@ class TestLayers:
         settings = load_settings({"MODERATO_CONFIG": str(file)})
         # Then that key is the file's and its neighbours keep their defaults
         assert settings.worker.threads == 3
-        assert settings.worker.window_batches == load_settings({}).worker.window_batches
+        assert settings.worker.window_tokens == load_settings({}).worker.window_tokens
 
     def test_the_environment_wins_over_the_users_file(self, file: Path) -> None:
         # Given a key set in the file and in the environment
-        file.write_text("worker:\n  threads: 3\n  window_batches: 5\n")
+        file.write_text("worker:\n  threads: 3\n  window_tokens: 5\n")
         settings = load_settings({"MODERATO_CONFIG": str(file), "MODERATO_WORKER__THREADS": "7"})
         # Then the environment's holds, and what only the file sets stays
         assert settings.worker.threads == 7
-        assert settings.worker.window_batches == 5
+        assert settings.worker.window_tokens == 5
 
     def test_an_empty_file_changes_nothing(self, file: Path) -> None:
         file.write_text("# nothing yet\n")

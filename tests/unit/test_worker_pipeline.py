@@ -1,0 +1,51 @@
+"""Which texts go into the next window."""
+
+from collections import deque
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.batching import BatchCost, Batching
+from worker.job import Job, Piece
+from worker.pipeline import take_window
+
+LENGTHS = st.lists(st.integers(1, 256), max_size=60)
+BATCHING = Batching(max_batch_tokens=512, window_tokens=2_048, cost=BatchCost())
+
+
+def pieces(lengths: list[int]) -> deque[Piece]:
+    job: Job = None  # type: ignore[assignment]  # not looked at
+    return deque(Piece(job, [0] * length) for length in lengths)
+
+
+def tokens(window: list[Piece]) -> int:
+    return sum(len(piece.ids) for piece in window)
+
+
+@given(LENGTHS, LENGTHS)
+def test_a_window_takes_from_the_front_and_loses_nothing(short: list[int], long: list[int]) -> None:
+    waiting, waiting_long = pieces(short), pieces(long)
+    everything = [*waiting], [*waiting_long]
+    window = take_window(waiting, waiting_long, BATCHING)
+    taken = len(short) - len(waiting)
+    assert window == [*everything[0][:taken], *everything[1][: len(window) - taken]]
+    assert [*everything[0][taken:]] == [*waiting]
+    assert [*everything[1][len(window) - taken :]] == [*waiting_long]
+    assert bool(window) is bool(short or long)
+
+
+@given(LENGTHS, LENGTHS)
+def test_a_window_is_bounded(short: list[int], long: list[int]) -> None:
+    window = take_window(pieces(short), pieces(long), BATCHING)
+    longest = max([*short, *long], default=0)
+    assert tokens(window) < 2 * (BATCHING.window_tokens + longest)
+
+
+def test_long_texts_alone_come_a_batch_at_a_time() -> None:
+    assert [len(piece.ids) for piece in take_window(pieces([]), pieces([256] * 9), BATCHING)] == [256, 256]
+
+
+def test_long_texts_get_as_much_as_the_short_ones_that_wait() -> None:
+    short, long = pieces([64] * 100), pieces([256] * 100)
+    window = take_window(short, long, BATCHING)
+    assert [len(piece.ids) for piece in window] == [64] * 32 + [256] * 8

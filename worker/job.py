@@ -1,0 +1,94 @@
+"""What travels through the pipeline: a message's delivery, its comments, and the texts to be scored for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from model.engine import Scorer
+from worker.message import Submitted
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One message on its way: it may be acknowledged when `open` reaches nothing.
+
+    `open` is counted down by the recorder alone.
+    """
+
+    acknowledge: Callable[[], None]
+    queue: str
+    received_at: datetime
+    submitted_at: datetime
+    comments: int
+    text_bytes: int
+    open: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open = self.comments
+
+
+class Item(NamedTuple):
+    """One comment on its way, and the message it came in."""
+
+    submitted: Submitted
+    delivery: Delivery
+
+
+class TextScores(NamedTuple):
+    """What a version says of a text."""
+
+    labels: list[float]
+    """Six probabilities, in the order of `config.names.LABELS`; of several windows each label's highest."""
+    windows: int
+
+
+class Job:
+    """One text, scored once for every comment that has it, by the version that was current when it was prepared.
+
+    A long text's windows may be scored at the same time, so it is changed under the pipeline's lock only.
+    """
+
+    __slots__ = ("_windows_left", "compute_ms", "failed", "items", "key", "scorer", "scores", "started_at")
+
+    def __init__(self, item: Item, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.items = [item]
+        self.key = ("", b"")
+        """Set by `worker.reuse`."""
+        self.scores: TextScores | None = None
+        self.failed = False
+        self.started_at: datetime | None = None
+        self.compute_ms = 0.0
+        self._windows_left = 0
+
+    @property
+    def text(self) -> str:
+        return self.items[0].submitted.comment.text
+
+    def expect(self, windows: int) -> None:
+        """It is complete when so many windows have been added."""
+        self._windows_left = windows
+
+    def add(self, labels: list[float], started_at: datetime, compute_ms: float) -> bool:
+        """Take in one window's scores; whether they were the last."""
+        if self.scores is None:
+            self.scores = TextScores(labels, 1)
+            self.started_at = started_at
+        else:
+            self.scores = TextScores(list(map(max, self.scores.labels, labels)), self.scores.windows + 1)
+        self.compute_ms += compute_ms
+        self._windows_left -= 1
+        return not self._windows_left and not self.failed
+
+    def recall(self, scores: TextScores) -> None:
+        """Take over what was found of the same text before."""
+        self.scores = scores
+        self.started_at = datetime.now(UTC)
+
+
+class Piece(NamedTuple):
+    """One window of a text: what an engine scores."""
+
+    job: Job
+    ids: list[int]
