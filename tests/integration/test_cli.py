@@ -324,6 +324,36 @@ class TestRunningEverything:
         assert running.returncode == status
         wait_until(lambda: not any(map(is_running, started)), timeout_s=30, what="the end of every process")
 
+    def test_status_tells_how_each_worker_does(
+        self, running: "subprocess.Popen[str]", moderato: Moderato, client: ModerationClient
+    ) -> None:
+        # Given the running system, which has decided some comments, and somebody who watches it
+        wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
+        moderato("submit", *map(str, range(50)), "--wait")
+        watching = moderato.start("status", "--watch", "--interval-s", "1", "--json")
+        assert watching.stdout is not None
+        # Then the status counts them, since the start
+        [state] = json_lines(moderato("status", "--json").stdout)
+        [worker] = state["workers"]
+        assert state["pipelines"][worker]["version"] == VERSION
+        assert state["pipelines"][worker]["comments"] == 50
+        assert state["rates"][worker]["comments_per_s"] > 0
+        assert 0 < state["rates"][worker]["batch_fill"] <= 1
+        assert sum(stage["ms_per_comment"] for stage in state["rates"][worker]["stages"].values()) > 0
+        shown = moderato("status").stdout
+        assert f"{worker} " in shown and "comments/s" in shown and "score" in shown
+        # And who watches sees the rates of each interval: none now, and some again when more is submitted
+        looks = map(json.loads, watching.stdout)
+        speeds = (look["rates"][worker]["comments_per_s"] for look in looks if worker in look["rates"])
+        assert next(speeds) > 0  # the first look is at the time since the start
+        wait_until(lambda: next(speeds) == 0, what="an interval without comments")
+        moderato("submit", *map(str, range(50, 100)))
+        wait_until(lambda: next(speeds) > 0, what="an interval with comments")
+        # Until Ctrl-C, which is how it ends
+        watching.send_signal(signal.SIGINT)
+        _, said = watching.communicate(timeout=30)
+        assert (watching.returncode, said) == (0, "")
+
     def test_a_worker_that_dies_is_started_again(
         self, running: "subprocess.Popen[str]", moderato: Moderato, client: ModerationClient
     ) -> None:
