@@ -6,16 +6,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench-gpu bench-gpu-wheels lock clean
+.PHONY: help install demo test lint bench bench-gpu bench-gpu-wheels lock clean
 
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
 	@echo 'make test   linters, types, import rules and every test'
 	@echo 'make lint   linters, types and import rules only'
+	@echo 'make bench  half an hour on an idle machine: speed, latency, and what one could run instead (see ARGS=--help)'
 	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
 	@echo 'make bench-gpu-wheels  download into bench/wheels what a machine without a package registry lacks for it'
 	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
-	@echo 'make clean  remove .venv and var, with the demo database and trained versions'
+	@echo 'make clean  remove .venv, .venv-rivals and var, with the demo database and trained versions'
 
 install: .venv/installed
 
@@ -39,6 +40,15 @@ lint: install
 test: lint
 	$(BIN)/pytest
 
+bench: install .venv-rivals/installed
+	$(BIN)/python -m bench $(ARGS)
+
+# What moderato is measured against has an environment of its own: some of it needs an older Celery.
+.venv-rivals/installed: bench/rivals/requirements.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install --disable-pip-version-check -q -r bench/rivals/requirements.txt
+	@touch $@
+
 # Without .venv: a machine with a GPU often has a torch of its own, and no way to a package registry.
 ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
@@ -51,10 +61,10 @@ bench-gpu-wheels:
 # pip-tools writes the file; a CPU-only build of torch must not end up in everyone's lock.
 lock: install
 	$(BIN)/python -m pip install -q pip-tools
-	$(BIN)/pip-compile -q --extra embedded --extra test --strip-extras --allow-unsafe --no-annotate --no-header \
+	$(BIN)/pip-compile -q --extra embedded --extra bench --extra test --strip-extras --allow-unsafe --no-annotate --no-header \
 		--no-emit-options -o requirements.lock pyproject.toml
 	sed -i -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^#/d' -e '/^$$/d' requirements.lock
 	sed -i '1i # Every package at the version the tests passed with; made from pyproject.toml by `make lock`.' requirements.lock
 
 clean:
-	rm -rf .venv var
+	rm -rf .venv .venv-rivals var

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from config.names import LABELS
-from model.batching import Batching, plan_batches
+from config.settings import ROOT
+from model.batching import plan_batches
 from model.engine import Scorer, default_batching, load_scorer
+from model.onnx_engine import pad
 from model.text import TextEncoder
-from model.version import STARTER_DIRECTORY, read_manifest
+from model.version import ONNX_FILE, STARTER_DIRECTORY, read_manifest
 
 Ids = Sequence[int]
 ScoreTexts = Callable[[Sequence[str]], Any]
@@ -45,7 +47,9 @@ class EngineAlone:
     """The engine that a worker on this machine would choose, given token ids by the same process."""
 
     def __init__(self) -> None:
-        self.scorer = load_scorer(STARTER_DIRECTORY)
+        from model.tuning import tuned
+
+        self.scorer = tuned(load_scorer(STARTER_DIRECTORY), ROOT / "var" / "batching")
         self._lanes = ThreadPoolExecutor(self.scorer.engine.lanes)
 
     @property
@@ -84,8 +88,7 @@ class EngineAlone:
         lengths = [len(ids) for ids in windows]
         if not plan.by_cost:
             return cut_where_full(lengths, plan.max_batch_tokens)
-        default = default_batching(self.scorer.engine)
-        whole = Batching(max_batch_tokens=plan.max_batch_tokens, window_tokens=sum(lengths), cost=default.cost)
+        whole = replace(self.scorer.batching, max_batch_tokens=plan.max_batch_tokens, window_tokens=sum(lengths))
         return plan_batches(lengths, whole)
 
 
@@ -149,9 +152,20 @@ def load_int8(threads: int, *, sort: bool = False) -> ScoreTexts:
         threads: of a forward pass.
         sort: cut a batch of many into several of like lengths, up to 1,024 padded tokens each.
     """
-    from model.onnx_engine import OnnxEngine
+    import onnxruntime
 
-    return _scoring(OnnxEngine(STARTER_DIRECTORY, threads).score, sort)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        str(STARTER_DIRECTORY / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+    )
+
+    def score(token_ids: Sequence[Ids]) -> Any:
+        input_ids, attention_mask = pad(token_ids)
+        (logits,) = session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})
+        return 1 / (1 + np.exp(-logits))
+
+    return _scoring(score, sort)
 
 
 def load_fp32(threads: int) -> ScoreTexts:
@@ -165,13 +179,14 @@ def _scoring(score: Callable[[Sequence[Ids]], Any], sort: bool) -> ScoreTexts:
     encoder = starter_tokenizer()
 
     def score_texts(texts: Sequence[str]) -> Any:
-        # The first window only: cut at the model's length, as nearly everyone does.
-        ids = [windows[0] for windows in encoder.encode(texts)]
-        if not sort:
-            return score(ids)
-        scores = np.empty((len(ids), len(LABELS)), dtype=np.float32)
-        for batch in cut_where_full([len(each) for each in ids], 1024):
-            scores[batch] = score([ids[index] for index in batch])
+        # All windows of a long text, as ours: the same answers for the same work.
+        encoded = encoder.encode(texts)
+        ids = [window for windows in encoded for window in windows]
+        text_of_window = np.repeat(np.arange(len(texts)), [len(windows) for windows in encoded])
+        batches = cut_where_full(list(map(len, ids)), 1024) if sort else [list(range(len(ids)))]
+        scores = np.zeros((len(texts), len(LABELS)), dtype=np.float32)
+        for batch in batches:
+            np.maximum.at(scores, text_of_window[batch], score([ids[index] for index in batch]))
         return scores
 
     return score_texts

