@@ -7,10 +7,12 @@ it. Versions that differ in their weights only run alike, so a fine-tuned one is
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as library_version
 from pathlib import Path
 
@@ -30,11 +32,11 @@ LENGTH_QUANTILES = (
 )  # fmt: skip
 """Token lengths of real comments, each for a fortieth of them: samples/comments.csv in windows of 256 tokens."""
 MEASURED_LENGTHS = (24, 80, 256)
-ROUNDS = 3
+ROUNDS = 4
 ENOUGH_S = 6.0
 """No larger batches are tried after this time."""
-NEAR_BEST = 0.98
-"""Of the best speed: less batch, or less window, is preferred while it is this near."""
+NEAR_BEST_BATCH, NEAR_BEST_WINDOW = 0.98, 0.985
+"""Shares of the best speed: the smallest batch, and the smallest window, that reach them are taken."""
 HOST_S_PER_BATCH = 0.0005
 """What a batch costs the process beside its forward pass."""
 
@@ -81,40 +83,44 @@ def tuned(scorer: Scorer, directory: Path, *, max_batch_tokens: int = 0, window_
 def measure(scorer: Scorer) -> list[Pass]:
     """Forward passes of several lengths and sizes, all lanes at once, until larger batches are no faster."""
     engine = scorer.engine
-    (windows,) = scorer.encode(["you are right about the second half of the article"])
-    passes: list[Pass] = []
-    best = 0.0
-    started = time.perf_counter()
+    ((ids,),) = scorer.encode(["you are right about the second half of the article"])
+    lengths = sorted({min(length, scorer.manifest.max_length) for length in MEASURED_LENGTHS})
+    shapes = [(length, 1) for length in lengths]
+    fastest: dict[tuple[int, int], float] = {}
     with ThreadPoolExecutor(engine.lanes) as lanes:
 
         def run(longest: int, count: int) -> Pass:
-            batch = [np.resize(windows[0], longest).tolist()] * count
-            seconds = []
-            for _ in range(ROUNDS + 1):  # the first of a shape may compile, allocate, or read the weights
-                begun = time.perf_counter()
-                list(lanes.map(engine.score, [batch] * engine.lanes))
-                seconds.append(time.perf_counter() - begun)
-            return Pass(longest, count, min(seconds[1:]))  # what disturbs a pass only ever makes it longer
+            batch = [np.resize(ids, longest).tolist()] * count
+            begun = time.perf_counter()
+            list(lanes.map(engine.score, [batch] * engine.lanes))
+            seconds = min(time.perf_counter() - begun, fastest.get((longest, count), math.inf))
+            fastest[longest, count] = seconds
+            return Pass(longest, count, seconds)
 
-        lengths = sorted({min(length, scorer.manifest.max_length) for length in MEASURED_LENGTHS})
-        passes += [run(length, 1) for length in lengths]
+        started = time.perf_counter()
+        best = 0.0
         batch_tokens = max(engine.max_batch_tokens // 4, lengths[-1])
         while time.perf_counter() - started < ENOUGH_S:
+            of_this_size = [(length, batch_tokens // length) for length in lengths]
             try:
-                of_this_size = [run(length, batch_tokens // length) for length in lengths]
+                # Twice, since the first pass of a shape may compile or allocate.
+                speed = max(_tokens_per_s(run(*shape) for shape in of_this_size) for _ in range(2))
             except Exception as error:  # out of the device's memory, in each library's own words
                 logger.info("batches of %d tokens do not fit this device (%s)", batch_tokens, type(error).__name__)
                 break
-            passes += of_this_size
-            if best and _tokens_per_s(of_this_size) < best:
+            shapes += of_this_size
+            if speed < best:
                 break
-            best = max(best, _tokens_per_s(of_this_size))
+            best = speed
             batch_tokens *= 2
+        # Round by round, so that whatever else the machine does for a moment does not spoil all passes of one shape.
+        for _ in range(ROUNDS):
+            passes = [run(*shape) for shape in shapes]
     return passes
 
 
 def choose_batching(engine: Engine, passes: Sequence[Pass]) -> Batching:
-    """The smallest batch and window that are within two per cent of the best. Pure.
+    """The smallest batch and window that are about as fast as any. Pure.
 
     Args:
         passes: of single windows, and of batches in ascending sizes, each with the same lengths.
@@ -124,7 +130,7 @@ def choose_batching(engine: Engine, passes: Sequence[Pass]) -> Batching:
     for index, each in enumerate(passes):
         sizes.setdefault(index // lengths, []).append(each)
     best = max(map(_tokens_per_s, sizes.values()))
-    chosen = next(of_size for of_size in sizes.values() if _tokens_per_s(of_size) >= NEAR_BEST * best)
+    chosen = next(of_size for of_size in sizes.values() if _tokens_per_s(of_size) >= NEAR_BEST_BATCH * best)
     max_batch_tokens = max(each.longest * each.count for each in chosen)
     if not engine.pads:
         # Nothing is gained by looking at more than keeps every lane in work while the next window is prepared.
@@ -153,7 +159,7 @@ def choose_window_tokens(cost: BatchCost, max_batch_tokens: int, lanes: int) -> 
     least_time = _planned_time(lengths, Batching(max_batch_tokens, most, cost))
     window_tokens = lanes * max_batch_tokens
     while window_tokens < most:
-        if least_time >= NEAR_BEST * _planned_time(lengths, Batching(max_batch_tokens, window_tokens, cost)):
+        if least_time >= NEAR_BEST_WINDOW * _planned_time(lengths, Batching(max_batch_tokens, window_tokens, cost)):
             break
         window_tokens *= 2
     return window_tokens
@@ -183,10 +189,17 @@ def _key(scorer: Scorer) -> str:
         scorer.manifest.max_length,
         scorer.engine.description,
         _cpu_model(),
-        library_version("onnxruntime"),
-        library_version("torch"),
+        *map(_library_version, ("onnxruntime", "torch")),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _library_version(name: str) -> str:
+    """Empty where it is not installed: either engine does without the other's."""
+    try:
+        return library_version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def _cpu_model() -> str:

@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,13 +20,14 @@ from typing import Any, TypeVar
 import numpy as np
 from sqlalchemy import Connection, Engine
 
-from config.names import LABELS, Reason
+from config.names import INTERACTIVE_QUEUE, LABELS, Reason
 from db.queries import DeadLetterRow, ScoredSubmission, record_dead_letters, record_decisions, store_policy
 from db.session import is_outage, writing
-from model.batching import Batching, padded_tokens, plan_batches
+from model.batching import padded_tokens
 from model.engine import Scorer, Scores
 from model.policy import Policy
 from worker.job import Delivery, Item, Job, Piece
+from worker.line import Line
 from worker.message import Refused, refuse_comment
 from worker.reuse import Reuse
 
@@ -102,12 +102,11 @@ class Pipeline:
         self._started = time.monotonic()
         self._arrived: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        # What the lanes share, and the lock for it. A lane that finds no planned batch plans the next window itself.
+        # What the lanes share, and the lock for it.
         self._lock = threading.Lock()
         self._prepared = threading.Condition(self._lock)
-        self._short: deque[Piece] = deque()
-        self._long: deque[Piece] = deque()
-        self._planned: deque[list[Piece]] = deque()
+        self._urgent, self._ordinary = Line(), Line()
+        self._urgent_was_last = False
         self._reuse = Reuse(reuse_texts)
         self._counters = Counters()
 
@@ -198,7 +197,8 @@ class Pipeline:
         with self._prepared:
             for job, windows in zip(jobs, encoded, strict=True):
                 job.expect(len(windows))
-                (self._short if len(windows) == 1 else self._long).extend([Piece(job, ids) for ids in windows])
+                urgent = job.items[0].delivery.queue == INTERACTIVE_QUEUE
+                (self._urgent if urgent else self._ordinary).add(job, windows)
             self._prepared.notify()
 
     # --- score and decide ---
@@ -208,19 +208,14 @@ class Pipeline:
         divide_on_failure(batch, self._score_batch, lambda piece, error: self._refuse_poison(piece.job, error))
 
     def _next_batch(self) -> list[Piece]:
-        """The next of the window; when there is none, of a new window: everything that came meanwhile."""
+        """Urgent ones pass the others by, but take no more than every other turn while others wait."""
         with self._prepared:
-            while not self._planned:
-                while not (self._short or self._long):
-                    self._prepared.wait()
-                window = take_window(self._short, self._long, self._scorer.batching)
-                # Two versions only meet in a window while they are being exchanged.
-                for scorer in dict.fromkeys(piece.job.scorer for piece in window):
-                    same = [piece for piece in window if piece.job.scorer is scorer]
-                    batches = plan_batches([len(piece.ids) for piece in same], scorer.batching)
-                    self._planned.extend([same[index] for index in batch] for batch in batches)
-            batch = self._planned.popleft()
-            if self._planned or self._short or self._long:
+            while not (self._urgent or self._ordinary):
+                self._prepared.wait()
+            urgent = bool(self._urgent) and not (self._ordinary and self._urgent_was_last)
+            self._urgent_was_last = urgent
+            batch = (self._urgent if urgent else self._ordinary).next_batch()
+            if self._urgent or self._ordinary:
                 self._prepared.notify()
             return batch
 
@@ -373,24 +368,6 @@ class Pipeline:
     def _store_policy_once(self, connection: Connection) -> None:
         if not self._policy_stored:
             store_policy(connection, self._policy.text, now=datetime.now(UTC))
-
-
-def take_window(short: deque[Piece], long: deque[Piece], batching: Batching) -> list[Piece]:
-    """Take the pieces for the next window, first come first served.
-
-    Long texts' pieces are all alike, so they gain nothing from a large window, and a short text should not wait for
-    all of one's windows. They get one batch, or, where many short texts wait, as many tokens as those.
-    """
-    window: list[Piece] = []
-    tokens = 0
-    while short and tokens < batching.window_tokens:
-        tokens += len(short[0].ids)
-        window.append(short.popleft())
-    room = max(tokens, batching.max_batch_tokens)
-    while long and room > 0:
-        room -= len(long[0].ids)
-        window.append(long.popleft())
-    return window
 
 
 def _checked(scores: Scores, count: int) -> Scores:

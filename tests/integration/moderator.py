@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Engine
 
-from config.names import MODERATE_TASK
+from config.names import MODERATE_QUEUE, MODERATE_TASK
 from config.settings import ROOT
 from model.engine import Scorer, Scores
 from model.policy import read_policy
@@ -33,14 +33,14 @@ class Moderator:
             on_settled=self._acknowledge,
         )
 
-    def deliver(self, message_id: str, *comments: object) -> None:
+    def deliver(self, message_id: str, *comments: object, queue: str = MODERATE_QUEUE) -> None:
         """One message with these comments."""
         now = datetime.now(UTC)
         body = json.dumps([[list(comments)], {}, {}]).encode()
         parsed = parse_message({"task": MODERATE_TASK, "id": message_id}, body, now=now)
         delivery = Delivery(
             acknowledge=lambda: self.acknowledged.append(message_id),
-            queue="toxicity",
+            queue=queue,
             received_at=now,
             submitted_at=now,
             comments=len(parsed.submitted) + len(parsed.refused),

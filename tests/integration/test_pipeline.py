@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, event, text
 
-from config.names import LABELS
+from config.names import INTERACTIVE_QUEUE, LABELS
 from config.settings import ROOT
 from db import queries
 from db.queries import DeadLetterRow, Result
@@ -320,6 +320,39 @@ class TestLongTexts:
         # Then it is among the first
         assert len(order) > 10
         assert min(order) in order[:4]
+
+
+class TestUrgent:
+    def test_interactive_comments_pass_the_others_by_without_starving_them(
+        self, scorer: Scorer, engine: Engine
+    ) -> None:
+        # Given an engine that scores one comment at a time, and is at work while others come
+        order: list[list[int]] = []
+        at_work, may_go_on = threading.Event(), threading.Event()
+
+        def wait(token_ids: Sequence[Sequence[int]]) -> None:
+            order.extend(map(list, token_ids))
+            at_work.set()
+            assert may_go_on.wait(60)
+
+        batching = replace(scorer.batching, max_batch_tokens=1)
+        moderator = Moderator(replace(wrapped(scorer, before=wait), batching=batching), engine)
+        ordinary = [f"{MARKER} ordinary {n}" for n in range(20)]
+        urgent = [f"{MARKER} urgent {n}" for n in range(6)]
+        moderator.start()
+        moderator.deliver("first", {"text": MARKER})
+        assert at_work.wait(60)
+        moderator.deliver("ordinary", *[{"text": text} for text in ordinary])
+        # When comments whose authors wait come last
+        moderator.deliver("urgent", *[{"text": text} for text in urgent], queue=INTERACTIVE_QUEUE)
+        wait_until(lambda: moderator.pipeline.stats()["waiting"]["score"] == 27, what="preparation")
+        may_go_on.set()
+        moderator.finish()
+        # Then every other one is theirs, until none is left
+        kinds = ["urgent" if ids in [scorer.encode([text])[0][0] for text in urgent] else "ordinary" for ids in order]
+        assert kinds[1:13:2] == ["urgent"] * 6
+        assert kinds[2:13:2] == ["ordinary"] * 6
+        assert kinds[13:] == ["ordinary"] * 14
 
 
 class TestTrouble:

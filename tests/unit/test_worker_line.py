@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model.batching import BatchCost, Batching
 from worker.job import Job, Piece
-from worker.pipeline import take_window
+from worker.line import take_window
 
 LENGTHS = st.lists(st.integers(1, 256), max_size=60)
 BATCHING = Batching(max_batch_tokens=512, window_tokens=2_048, cost=BatchCost())
