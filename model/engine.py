@@ -23,7 +23,7 @@ Scores = NDArray[np.float32]
 
 ONNX_PROBE_TOLERANCE = 0.05
 """Integer kernels round differently from one CPU to the next; fixed scales keep that small."""
-TORCH_PROBE_TOLERANCE = 0.02
+TORCH_PROBE_TOLERANCE = 0.04
 """bf16 on a GPU against the fp32 scores in the manifest."""
 
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -292,7 +292,7 @@ class Pipeline:
             windows=job.scores.windows,
             truncated=False,
             # One that joined a text already on its way may have come after that one's forward pass began.
-            queue_ms=max(0.0, (job.started_at - delivery.submitted_at) / timedelta(milliseconds=1)),
+            queue_ms=max(0.0, (job.started_at - delivery.submitted_at).total_seconds() * 1000),
             compute_ms=job.compute_ms,
             decided_at=now,
         )
