@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import celery
 import kombu
@@ -32,11 +32,17 @@ RETURNS = f"{UNACKED}_returns"
 class HubConsumer:
     """A consumer on kombu's event loop, as Celery's worker has it; holds its messages until told otherwise."""
 
-    def __init__(self, broker_url: str, queues: tuple[str, ...] = (MODERATE_QUEUE,), **options: Any) -> None:
+    def __init__(
+        self,
+        broker_url: str,
+        queues: tuple[str, ...] = (MODERATE_QUEUE,),
+        transport: str = "Transport",
+        **options: Any,
+    ) -> None:
         self.messages: list[Any] = []
         self.on_message: Callable[[Any], None] = self.messages.append
         self.connection = kombu.Connection(broker_url, transport_options=transport_options(30) | options)
-        self.connection.transport_cls = "worker.transport:Transport"
+        self.connection.transport_cls = f"worker.transport:{transport}"
         self.channel = self.connection.channel()
         self.consumer = kombu.Consumer(
             self.channel,
@@ -436,9 +442,8 @@ def test_more_expired_messages_than_one_script_returns_come_back(
 
 def let_leases_end(redis: Redis, sweeper: HubConsumer) -> None:
     """As if whoever holds messages had died a while ago."""
-    held_tags = redis.zrange(UNACKED_INDEX, 0, -1)
-    if held_tags:
-        redis.zadd(UNACKED_INDEX, dict.fromkeys(held_tags, 1))
+    for tag in cast(list[bytes], redis.zrange(UNACKED_INDEX, 0, -1)):
+        redis.zadd(UNACKED_INDEX, {tag: 1})
     sweeper.channel.qos.restore_visible()
 
 
@@ -485,7 +490,7 @@ def test_suspect_is_taken_alone(producer: celery.Celery, consume: Callable[..., 
         let_leases_end(redis, consumer)
     suspect = dead.messages[0]
     sent = send(producer, "a", "b")
-    redis.rpush(MODERATE_QUEUE, redis.lpop(MODERATE_QUEUE))  # one of them goes first
+    redis.lmove(MODERATE_QUEUE, MODERATE_QUEUE, "LEFT", "RIGHT")  # one of them goes first
     # When they are consumed
     [first] = consumer.receive(1)
     for _ in range(3):
