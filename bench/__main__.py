@@ -57,6 +57,7 @@ def main(
         raise typer.BadParameter(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     # As Ctrl-C does: everything that was started is stopped on the way out.
     signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
     try:
         report = run(chosen, quick=quick)
     except KeyboardInterrupt:

@@ -40,6 +40,8 @@ class Line:
     note: str = ""
     charted: bool = True
     """Whether the section's chart shows it: one unit to a chart."""
+    printed: bool = True
+    """Whether the table does; the JSON always."""
 
     @property
     def median(self) -> float:

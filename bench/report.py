@@ -110,6 +110,8 @@ def table(title: str, lines: Sequence[Line]) -> Table:
         drawn.add_column(name, justify="right")
     drawn.add_column("")
     for line in lines:
+        if not line.printed:
+            continue
         unit = "×" if line.unit == "x" else line.unit
         spread = f"{shown(line.low)} to {shown(line.high)}" if len(line.samples) > 1 else ""
         aim = "" if line.aim is None else f"{'≥' if line.aim.sense == '>=' else '≤'} {shown(line.aim.value)}"
@@ -157,7 +159,8 @@ def draw(report: Report, path: Path) -> None:
         places = range(len(lines))
         axis.barh(places, medians, color=colours, height=0.6, xerr=whiskers, error_kw={"ecolor": "#888888"})
         for place, line in zip(places, lines, strict=True):
-            axis.text(max(line.high, 0), place, f"  {shown(line.median)}", va="center", fontsize=8)
+            beyond = max(line.high, line.aim.value if line.aim and line.aim.value < 1.2 * line.high else 0)
+            axis.text(beyond, place, f"  {shown(line.median)}", va="center", fontsize=8)
             if line.aim is not None:
                 axis.plot([line.aim.value] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
         axis.set_yticks(places, [line.what for line in lines], fontsize=8)

@@ -14,7 +14,7 @@ TITLE = "Growth: speed with long queues and large databases, instant engine, sin
 QUEUES = (1_000, 10_000, 100_000, 1_000_000)
 QUICK_QUEUES = (1_000, 20_000)
 FILLED = "bench.filled"
-TOP_UP_S = 0.002
+TOP_UP_S = 0.001
 BYTES_PER_MESSAGE = 2_500
 """In Redis, with its append-only file's share of memory."""
 

@@ -48,14 +48,25 @@ def _idle(context: Context, system: System) -> list[Line]:
     engine = EngineAlone()
     texts = context.slice(3, context.count(120, 30))
     context.step("idle")
-    one_pass = percentile([engine.one_pass_ms(text) for text in texts], 50)
+    passes = []
+    for text in texts:
+        time.sleep(IDLE_GAP_S)  # as the worker has it: a core that was just at work is faster
+        passes.append(engine.one_pass_ms(text))
     engine.close()
+    one_pass = percentile(passes, 50)
     arrivals = [(number + 1) * IDLE_GAP_S for number in range(len(texts))]
     latencies = _submit(system, texts, arrivals)
     idle = percentile(latencies, 50)
+    in_worker = statistics.median(compute_ms for _, compute_ms, _ in system.batches())
     aim = Aim("<=", MOST_ABOVE_ONE_PASS_MS)
     return [
-        Line("latency", "idle, p50", (idle,), "ms", note=f"{len(texts)} comments"),
+        Line(
+            "latency",
+            "idle, p50",
+            (idle,),
+            "ms",
+            note=f"{len(texts)} comments; in the worker a pass takes {in_worker:.1f} ms",
+        ),
         Line("latency", "beside it: one forward pass", (one_pass,), "ms"),
         Line("latency", "idle, p50 - one forward pass", (idle - one_pass,), "ms", aim, charted=False),
     ]

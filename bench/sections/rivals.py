@@ -103,8 +103,8 @@ def _against(context: Context, rival: Rival, ours: System) -> list[Line]:
     note = f"theirs {sorted(theirs)[len(theirs) // 2]:.0f} comments/s: {spelled(search.best)}"
     return [
         Line("rivals", rival.name, ratios(our_rates, theirs), "x", rival.aim, note),
-        Line("rivals", f"{rival.name}: theirs", tuple(theirs), "comments/s", charted=False),
-        Line("rivals", f"{rival.name}: ours beside it", tuple(our_rates), "comments/s", charted=False),
+        Line("rivals", f"{rival.name}: theirs", tuple(theirs), "comments/s", charted=False, printed=False),
+        Line("rivals", f"{rival.name}: ours beside it", tuple(our_rates), "comments/s", charted=False, printed=False),
     ]
 
 
