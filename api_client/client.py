@@ -189,16 +189,25 @@ class ModerationClient:
     Every method may raise BrokerUnavailable or DatabaseProblem, where it uses the one or the other.
     """
 
-    def __init__(self, broker_url: str | None = None, database_url: str | None = None) -> None:
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        database_url: str | None = None,
+        broker_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Prepare, connecting to nothing.
 
         Args:
             broker_url: as Celery writes it; from the settings where it is not given.
             database_url: SQLite or PostgreSQL; from the settings where it is not given.
+            broker_options: of Celery's `broker_transport_options`, such as `global_keyprefix`, or `master_name` of a
+                Sentinel's broker; from the settings where the broker is.
 
         Raises:
             SettingsError: they cannot be read.
         """
+        if broker_options is None:
+            broker_options = {} if broker_url else settings().broker_options.model_dump()
         self._broker_url = broker_url or settings().broker_url
         self._database_url = database_url or settings().database_url
         self._engine = open_database(self._database_url)
@@ -214,6 +223,7 @@ class ModerationClient:
                 # Of the first connection: by default kombu tries for ever.
                 "max_retries": 1,
                 "interval_start": 0.1,
+                **broker_options,
             },
         )
 

@@ -80,6 +80,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class BrokerOptions(Section):
+    """See config/default.yaml. `model_dump` gives some of Celery's `broker_transport_options`."""
+
+    global_keyprefix: str
+    master_name: str = Field(min_length=1)
+
+
 class WorkerSettings(Section):
     """See config/default.yaml for each setting's unit and reason."""
 
@@ -122,6 +129,7 @@ class Settings(Section):
     """Every setting, checked. `broker_url` and `database_url` may hold passwords: log `without_password(...)`."""
 
     broker_url: BrokerUrl
+    broker_options: BrokerOptions
     database_url: DatabaseUrl
     versions_dir: RootedPath
     policy_file: RootedPath

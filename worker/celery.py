@@ -17,7 +17,10 @@ transport.install()
 app = Celery("worker")
 app.conf.update(
     broker_url=_settings.broker_url,
-    broker_transport_options=transport.transport_options(_settings.worker.visibility_timeout_s),
+    broker_transport_options={
+        **transport.transport_options(_settings.worker.visibility_timeout_s),
+        **_settings.broker_options.model_dump(),
+    },
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
     accept_content=["json"],

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import bootsteps
@@ -49,7 +49,7 @@ HELD_BYTES_PER_COMMENT = 2048
 """Several times a usual comment, far less than the longest: those are held in smaller numbers."""
 MAX_DELIVERIES = 5
 """A message that was delivered so often, and whose worker died each time, is not tried again."""
-LONGEST_QUEUE_AGE = timedelta(days=366)
+LONGEST_QUEUE_AGE_S = 366 * 86_400
 
 
 class Consumer(CeleryConsumer):
@@ -271,8 +271,9 @@ def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:
     seconds = headers.get(SUBMITTED_AT_HEADER)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return now
+    now_s = now.timestamp()
     # The comparison is false for NaN too.
-    if not (now - LONGEST_QUEUE_AGE).timestamp() <= seconds <= now.timestamp():
+    if not now_s - LONGEST_QUEUE_AGE_S <= seconds <= now_s:
         return now
     return datetime.fromtimestamp(seconds, UTC)
 

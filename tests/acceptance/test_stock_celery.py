@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
+from api_client.client import ModerationClient
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK, Reason
 from config.settings import ROOT
 from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, CeleryProcess, System
@@ -111,6 +112,25 @@ def test_stock_producers_may_use_priorities_compression_and_our_other_queues(
         system.wait_for_decisions([f"{task_id}:0" for task_id in sent])
         assert system.client.dead_letters() == []
         assert len(sent) == 24
+
+
+def test_everything_stays_behind_a_key_prefix(system: System, texts: list[str]) -> None:
+    # Given a system whose keys have a prefix, and a stock producer with the same
+    system.environment["MODERATO_BROKER_OPTIONS__GLOBAL_KEYPREFIX"] = "team:"
+    system.environment["MODERATO_WORKER__MAX_HELD_COMMENTS"] = "8"
+    worker = system.start_worker()
+    options = {"global_keyprefix": "team:"}
+    with Celery(broker=system.broker_url, broker_transport_options=options, set_as_current=False) as producer:
+        sent = [producer.send_task(MODERATE_TASK, [[{"text": text}]], queue=MODERATE_QUEUE).id for text in texts[:50]]
+    # When it and our own client submit, and remote control asks, then all find each other
+    with ModerationClient(system.broker_url, system.environment["MODERATO_DATABASE_URL"], options) as client:
+        sent += [client.submit(text) for text in texts[50:60]]
+        assert client.nodes() == ([worker.node], [])
+    assert f"{worker.node}: OK" in celery(system, "-A", "worker", "inspect", "ping", "--timeout", "3")
+    system.wait_for_decisions([id_ if ":" in id_ else f"{id_}:0" for id_ in sent])
+    # And nothing in Redis lacks the prefix
+    wait_until(lambda: not system.redis.exists("team:moderato.worker.unacked"), TIMEOUT_S, "the acknowledgements")
+    assert [key for key in system.redis.scan_iter() if not key.startswith(b"team:")] == []
 
 
 def test_a_stock_worker_beside_ours_keeps_what_it_holds(

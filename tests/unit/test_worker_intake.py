@@ -1,14 +1,16 @@
 """What the intake believes of what a producer wrote beside its comments."""
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery.worker import state as worker_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.names import MODERATE_QUEUE, SUBMITTED_AT_HEADER
-from worker.intake import _queue_name, _submitted_at
+from config.names import MODERATE_QUEUE, SUBMITTED_AT_HEADER, Reason
+from worker.intake import MAX_DELIVERIES, _queue_name, _set_aside, _submitted_at
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -39,6 +41,31 @@ def test_a_plausible_time_of_submission_is_believed(age_s: float) -> None:
 def test_any_other_time_of_submission_is_now(seconds: object) -> None:
     assert _submitted_at({SUBMITTED_AT_HEADER: seconds}, NOW) == NOW
     assert _submitted_at({}, NOW) == NOW
+
+
+def message(returns: int = 0, **headers: object) -> Any:
+    body = b'[[[{"text": "secret", "store_text": false}]], {}, {}]'
+    return SimpleNamespace(headers={"id": "m1", **headers}, body=body, returns=returns)
+
+
+def test_a_message_that_its_workers_died_of_is_not_tried_again() -> None:
+    assert _set_aside(message(returns=MAX_DELIVERIES - 1)) is None
+    parsed = _set_aside(message(returns=MAX_DELIVERIES))
+    assert parsed is not None
+    [refused] = parsed.refused
+    assert (refused.dead_letter_id, refused.reason, refused.payload) == ("m1", Reason.WORKER_DIED, b"")
+
+
+@pytest.mark.parametrize("other", ["m2", None, 7, ["m1"], {"m1": 1}])
+def test_only_the_message_that_is_named_is_revoked(other: object) -> None:
+    worker_state.revoked.add("m1")
+    try:
+        parsed = _set_aside(message())
+        assert parsed is not None
+        assert [(r.dead_letter_id, r.reason, r.payload) for r in parsed.refused] == [("m1", Reason.REVOKED, b"")]
+        assert _set_aside(message(id=other)) is None
+    finally:
+        worker_state.revoked.discard("m1")
 
 
 @given(
