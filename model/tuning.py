@@ -179,7 +179,7 @@ def _planned_time(lengths: NDArray[np.int64], batching: Batching) -> float:
 
 def _tokens_per_s(passes: Iterable[Pass]) -> float:
     passes = list(passes)
-    return sum(each.longest * each.count for each in passes) / sum(each.seconds for each in passes)
+    return sum(each.longest * each.count for each in passes) / sum(each.seconds + HOST_S_PER_BATCH for each in passes)
 
 
 def _key(scorer: Scorer) -> str:
