@@ -3,16 +3,19 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
 
 import psutil
 
 from bench.context import Context
 from bench.measure import Line, at_least, at_most
-from bench.system import INSTANT_BATCHES, System, distinct_texts
+from bench.system import INSTANT_BATCHES, Drained, System, distinct_texts
 
 TITLE = "Growth: speed with long queues and large databases, instant engine, singles"
 QUEUES = (1_000, 10_000, 100_000, 1_000_000)
 QUICK_QUEUES = (1_000, 20_000)
+LONGEST_REPEATED = 100_000
 FILLED = "bench.filled"
 TOP_UP_S = 0.001
 BYTES_PER_MESSAGE = 2_500
@@ -25,21 +28,22 @@ def measure(context: Context) -> list[Line]:
     lines: list[Line] = []
     with System(context.servers, "PostgreSQL", app="bench.instant", settings=INSTANT_BATCHES) as system:
         system.rate(distinct_texts(context.texts, 5_000), 1)
-        rates, resident = [], []
         lengths = _that_fit(context, QUICK_QUEUES if context.quick else QUEUES)
-        for length in lengths:
-            samples = []
-            for number in range(1 if length > 100_000 else context.rounds):
-                context.step(f"a queue of {length:,} messages, round {number + 1}")
-                samples.append(_rate_at(system, context.texts, length, count))
-            rates.append(samples)
-            resident.append(system.workers[0].resident_mib())
-    lines += [
-        Line("growth", f"queue of {length:,}", tuple(samples), "comments/s", note=f"worker {mib:,.0f} MiB")
-        for length, samples, mib in zip(lengths, rates, resident, strict=True)
-    ]
-    lines.append(_flat("longest queue ÷ that of 1,000: speed", rates[-1], rates[0]))
-    lines.append(_flat("longest queue ÷ that of 1,000: memory", resident[-1:], resident[:1]))
+        passed: dict[int, list[_Passed]] = {length: [] for length in lengths}
+        for number in range(context.rounds):
+            for length in lengths:
+                if length > LONGEST_REPEATED and number != 1:
+                    continue  # once will do: it takes a minute to fill
+                context.step(f"a queue of {length:,} messages, round {number + 1} of {context.rounds}")
+                passed[length].append(_pass_through(system, context.texts, length, count))
+    for length, rounds in passed.items():
+        cpu_us, mib = (median(figure) for figure in ([r.cpu_us for r in rounds], [r.resident_mib for r in rounds]))
+        note = f"worker: {cpu_us:.0f} µs CPU, {mib:,.0f} MiB"
+        lines.append(Line("growth", f"queue of {length:,}", tuple(r.rate for r in rounds), "comments/s", note=note))
+    shortest, longest = passed[lengths[0]], passed[lengths[-1]]
+    compared = f"{lengths[-1]:,} messages ÷ {lengths[0]:,}"
+    lines.append(_flat(f"{compared}: speed", [r.rate for r in longest], [r.rate for r in shortest]))
+    lines.append(_flat(f"{compared}: memory", [r.resident_mib for r in longest], [r.resident_mib for r in shortest]))
     return lines + [line for kind in ("PostgreSQL", "SQLite") for line in _databases(context, kind, count)]
 
 
@@ -53,22 +57,34 @@ def _databases(context: Context, kind: str, count: int) -> list[Line]:
         )
         context.step(f"{rows:,} rows into {kind}")
         full.fill_database(rows)
-        measured: dict[int, list[float]] = {0: [], rows: []}
+        measured: dict[int, list[Drained]] = {0: [], rows: []}
         for number in range(context.rounds + 1):
             context.step(f"{kind}, round {number}")
             texts = distinct_texts(context.texts, count, start=number * count)
             for system, samples in ((empty, measured[0]), (full, measured[rows])):
-                samples.append(system.rate(texts, 1))
-    lines = [
-        # Without the first round, which fills caches.
-        Line("growth", f"{kind} with {filled:,} rows", tuple(samples[1:]), "comments/s")
-        for filled, samples in measured.items()
-    ]
-    return [*lines, _flat(f"{rows:,} rows ÷ none, {kind}: speed", measured[rows][1:], measured[0][1:])]
+                samples.append(system.drain(system.envelopes.comments(texts, 1), count))
+    lines, rates = [], {}
+    for filled, samples in measured.items():
+        rounds = samples[1:]  # the first fills caches
+        rates[filled] = [count / each.seconds for each in rounds]
+        note = f"worker: {median(each.cpu_s / count * 1e6 for each in rounds):.0f} µs CPU"
+        lines.append(Line("growth", f"{kind} with {filled:,} rows", tuple(rates[filled]), "comments/s", note=note))
+    return [*lines, _flat(f"{rows:,} rows ÷ none, {kind}: speed", rates[rows], rates[0])]
 
 
-def _rate_at(system: System, texts: Sequence[str], length: int, count: int) -> float:
-    """Comments per second while the queue holds `length` messages all the time."""
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """What it took to moderate so many comments while the queue kept its length."""
+
+    rate: float
+    """Comments per second."""
+    cpu_us: float
+    """Of the worker, per comment."""
+    resident_mib: float
+
+
+def _pass_through(system: System, texts: Sequence[str], length: int, count: int) -> _Passed:
+    """Moderate `count` comments while the queue holds `length` messages all the time."""
     system.stage(system.envelopes.comments(distinct_texts(texts, length), 1), FILLED)
     # The first of them fill the worker rather than pass through it.
     filling = count
@@ -84,11 +100,13 @@ def _rate_at(system: System, texts: Sequence[str], length: int, count: int) -> f
             time.sleep(TOP_UP_S)
 
     move_until(filling)
-    before, started = moved, time.perf_counter()
+    worker = system.workers[0]
+    before, cpu_s, started = moved, worker.cpu_s(), time.perf_counter()
     move_until(filling + count)
-    rate = (moved - before) / (time.perf_counter() - started)
+    seconds, cpu_s, counted = time.perf_counter() - started, worker.cpu_s() - cpu_s, moved - before
+    passed = _Passed(counted / seconds, cpu_s / counted * 1e6, worker.resident_mib())
     system.throw_away_queue()
-    return rate
+    return passed
 
 
 def _that_fit(context: Context, lengths: Sequence[int]) -> list[int]:
@@ -100,5 +118,5 @@ def _that_fit(context: Context, lengths: Sequence[int]) -> list[int]:
 
 def _flat(what: str, grown: Sequence[float], small: Sequence[float]) -> Line:
     """Within ten per cent: for speed not less, for memory not more."""
-    ratio = sorted(grown)[len(grown) // 2] / sorted(small)[len(small) // 2]
+    ratio = median(grown) / median(small)
     return Line("growth", what, (ratio,), "x", at_most(1.1) if "memory" in what else at_least(0.9), charted=False)
