@@ -25,7 +25,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from api_client.pipeline_stats import PipelineStats
-from api_client.publishing import push
+from api_client.publishing import new_task_id, push
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
@@ -333,7 +333,7 @@ class ModerationClient:
 
     def _send(self, comments: list[dict[str, Any]], queue: str, ids: SubmissionIds) -> SubmissionIds:
         messages = [
-            (str(uuid4()), comments[start : start + COMMENTS_PER_MESSAGE])
+            (new_task_id(), comments[start : start + COMMENTS_PER_MESSAGE])
             for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
         ]
         submitted_at = time.time()

@@ -9,7 +9,6 @@ import ctypes
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +33,7 @@ from sqlalchemy import URL, Engine, make_url, select, text
 
 from api_client.client import ModerationClient
 from api_client.embedded import EmbeddedRedis
+from api_client.publishing import new_task_id
 from config.names import LABELS, MODERATE_QUEUE, SUBMITTED_AT_HEADER, WORKER_UNACKED_KEY
 from config.settings import PREFIX, ROOT
 from db import queries
@@ -297,8 +296,7 @@ class Envelopes:
         if submitted_at is not None:
             form = form.replace(self._submitted_at, f'"{SUBMITTED_AT_HEADER}": {submitted_at}')
         body = base64.b64encode(f"[{json.dumps(arguments)}, {self._rest_of_body}".encode()).decode()
-        task_id = str(uuid.UUID(int=random.getrandbits(128), version=4))
-        return form.replace("%(body)s", body).replace("%(id)s", task_id).encode()
+        return form.replace("%(body)s", body).replace("%(id)s", new_task_id()).encode()
 
     def comments(self, texts: Sequence[str], size: int) -> Iterator[bytes]:
         """Our messages: `size` comments in each."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import pytest
 from celery import Celery
@@ -33,7 +33,7 @@ from api_client.client import (
     RefusedByGate,
     WaitTimeout,
 )
-from api_client.publishing import push
+from api_client.publishing import new_task_id, push
 from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError
 from db import queries
@@ -165,6 +165,17 @@ class TestSubmitting:
         # Then the error says where it should be
         assert "redis://:***@127.0.0.1:1/0" in str(raised.value)
         assert "secret" not in str(raised.value)
+
+
+def test_task_ids_are_uuids_in_the_order_of_time() -> None:
+    before = time.time_ns() // 1_000_000
+    ids = [new_task_id() for _ in range(10_000)]
+    after = time.time_ns() // 1_000_000
+    assert len(set(ids)) == len(ids)
+    assert {(UUID(each).version, UUID(each).variant) for each in ids} == {(7, RFC_4122)}
+    times = [UUID(each).int >> 80 for each in ids]
+    assert times == sorted(times)
+    assert before <= times[0] <= times[-1] <= after
 
 
 class TestTheWireForm:
