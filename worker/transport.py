@@ -350,6 +350,7 @@ class Channel(kombu_redis.Channel):
         """Of the FETCH in flight: its tag prefix, and the queue of each list; None of what begins a wait."""
         self._next_fetch_at = 0.0
         """Until then we wait for a push, or leave a Redis alone that refuses."""
+        self._asked_queues: set[str] = set()
         self._tracked_socket: object = None
         self._tracked = False
         """Whether Redis can push word of a list's change."""
@@ -378,8 +379,10 @@ class Channel(kombu_redis.Channel):
         if connection._sock is not self._tracked_socket:
             self._track(connection)
         queues = self._queue_cycle.consume(len(self.active_queues))
-        if not queues or monotonic() < self._next_fetch_at:
+        # A queue added meanwhile is not among those of which Redis tells us.
+        if not queues or (monotonic() < self._next_fetch_at and self._asked_queues == set(queues)):
             return
+        self._asked_queues = set(queues)
         # The cycle gives every queue its turn to be first, and the sort leaves equals in its order.
         ranks = [list(equals) for _, equals in groupby(sorted(queues, key=preference), key=preference)]
         queue_of_list = [queue for equals in ranks for _ in self.priority_steps for queue in equals]

@@ -212,6 +212,26 @@ def test_message_that_arrives_behind_an_empty_fetch_is_delivered(
     assert ids(consumer.receive(1)) == sent
 
 
+def test_a_queue_added_while_waiting_is_waited_for_at_once(
+    producer: celery.Celery, consume: Callable[..., HubConsumer]
+) -> None:
+    # Given a consumer that waits, as a worker waits for its neighbours' answers before it takes its queues
+    consumer = consume(queues=("first",))
+    consumer.wait_for_an_hour()
+    # When it is given another queue, with and without a message in it
+    sent = send(producer, "a", queue="second")
+    consumer.consumer.add_queue(kombu.Queue("second"))
+    consumer.consumer.consume()
+    assert ids(consumer.receive(1)) == sent
+    consumer.run_until(lambda: consumer.waits, "waiting for both")
+    # Then messages in either are delivered
+    sent += send(producer, "b", queue="second")
+    consumer.receive(2)
+    consumer.run_until(lambda: consumer.waits, "waiting for both")
+    sent += send(producer, "c", queue="first")
+    assert ids(consumer.receive(3)) == sent
+
+
 def test_waiting_takes_nothing_and_asks_nothing(
     producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
 ) -> None:
