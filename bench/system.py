@@ -493,12 +493,17 @@ class System:
             connection.exec_driver_sql("DELETE FROM decisions")
             connection.exec_driver_sql("DELETE FROM submissions")
 
-    def latencies_ms(self) -> list[float]:
-        """From `submitted_at` to the commit of each decision, by the clock of the machine; PostgreSQL only."""
+    def latencies_ms(self, *, most_windows: int = 1_000) -> list[float]:
+        """From `submitted_at` to the commit of each decision, by the clock of the machine; PostgreSQL only.
+
+        Args:
+            most_windows: leave out comments that were scored in more.
+        """
         with reading(self.engine) as connection:
             rows = connection.exec_driver_sql(
                 "SELECT extract(epoch FROM pg_xact_commit_timestamp(d.xmin) - s.submitted_at) * 1000 "
-                "FROM decisions d JOIN submissions s ON s.submission_id = d.submission_id"
+                "FROM decisions d JOIN submissions s ON s.submission_id = d.submission_id WHERE d.windows <= %s",
+                (most_windows,),
             )
             return [float(row[0]) for row in rows]
 

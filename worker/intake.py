@@ -42,9 +42,9 @@ from worker.swap import VersionFollower
 
 logger = logging.getLogger(__name__)
 
-HELD_WINDOWS = 3
-"""Held where no setting says: one window being scored, one being gathered, one on its way in or out."""
-TOKENS_PER_COMMENT = 64
+HELD_WINDOWS = 2
+"""Held where no setting says: one window being scored, one being gathered."""
+TOKENS_PER_COMMENT = 80
 """Of a usual comment, to count a window's tokens in comments."""
 HELD_BYTES_PER_COMMENT = 2048
 """Several times a usual comment, far less than the longest: those are held in smaller numbers."""
