@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 PREPARE_COMMENTS = 64
 """Tokenized at a time: enough to use every core, few enough that the engine need not wait for them."""
 RECORD_COMMENTS = 512
-"""Written in one transaction at most, where more batches than one are through."""
+"""Written in one transaction, or a batch more."""
+GATHER_S = 0.1
+"""Waited for more to write, while more than so many comments wait for the engine."""
+GATHER_BACKLOG_COMMENTS = 64
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
 """Pauses while the database is away, doubling from the first to the last."""
 EXIT_BROKEN = 70
@@ -301,9 +304,8 @@ class Pipeline:
 
     def _record(self) -> None:
         outcome = self._finished.get()
+        self._gather(outcome)
         started = time.perf_counter()
-        while len(outcome.deliveries) < RECORD_COMMENTS and not self._finished.empty():
-            outcome.extend(self._finished.get())
         pause_s = FIRST_RETRY_S
         while not self._try_to_record(outcome):
             if self._stopping.is_set():
@@ -321,6 +323,21 @@ class Pipeline:
                 settled.append(delivery)
         if settled:
             self._on_settled(settled)
+
+    def _gather(self, outcome: Outcome) -> None:
+        """Add what else is through; where a backlog waits, also what will be in a moment.
+
+        A transaction of one batch takes the database nearly as long as one of several, on cores that the engine could
+        use. Without a backlog nobody should wait for it.
+        """
+        deadline = time.monotonic() + GATHER_S
+        while len(outcome.deliveries) < RECORD_COMMENTS:
+            # Read without the lock: a count that is out of date for a moment does no harm.
+            backlog = self._counters.prepared - self._counters.decided > GATHER_BACKLOG_COMMENTS
+            try:
+                outcome.extend(self._finished.get(timeout=max(0.0, deadline - time.monotonic()) if backlog else 0.0))
+            except queue.Empty:
+                return
 
     def _try_to_record(self, outcome: Outcome) -> bool:
         """Whether it is committed. False while the database is away, which is said once."""
