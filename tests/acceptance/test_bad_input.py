@@ -126,6 +126,9 @@ def send_untimely_comments(sender: Sender) -> None:
     sender.refused[f"{expired_id}:0"] = "expired", Reason.EXPIRED
     sender.task([{"text": SECRET, "idempotency_key": "key"}])
     sender.decided.append("key")
+
+
+def send_conflict(sender: Sender) -> None:
     edited = f"{SECRET} edited"
     sender.task([{"text": edited, "idempotency_key": "key"}])
     conflict_id = f"key#{_sha256(edited.encode())[:16]}"
@@ -176,6 +179,9 @@ def test_bad_input_is_set_aside_with_a_reason(system: System, sender: Sender, tm
     intruded = tmp_path / "intruded"
     sender.bad_bytes("a pickle", sender.envelope(Intruder(intruded), serializer="pickle"))
     sender.good()
+    # And a key is used again, after its first text was decided: of two on their way either may come first
+    system.wait_for_decisions(["key"])
+    send_conflict(sender)
 
     # Then each is a dead letter with its reason, in words that do not quote it
     system.wait_for_decisions(sender.decided)

@@ -186,13 +186,15 @@ class TestTheWireForm:
             [ours], our_bindings = envelopes(redis), bindings(redis)
             # And the same message sent by plain Celery to an empty Redis
             redis.flushall()
-            with Celery(broker=redis_url, set_as_current=False) as plain:
+            # On a connection of its own: Celery's pool may have one that knows the queue from before.
+            with Celery(broker=redis_url, set_as_current=False) as plain, plain.connection_for_write() as broker:
                 plain.send_task(
                     "worker.moderate",
                     [[{"text": "hello", "id": "7", "store_text": True}]],
                     task_id=ours["headers"]["id"],
                     queue="toxicity",
                     headers={"submitted_at": ours["headers"]["submitted_at"]},
+                    connection=broker,
                     ignore_result=True,
                 )
             [stock], stock_bindings = envelopes(redis), bindings(redis)
