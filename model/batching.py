@@ -18,6 +18,10 @@ class BatchCost:
     fixed_tokens: float = 8.0
     quadratic: float = 0.0015
 
+    def time(self, longest: int, count: int) -> float:
+        """Of one batch."""
+        return self.fixed_tokens + count * (longest + self.quadratic * longest**2)
+
 
 @dataclass(frozen=True, slots=True)
 class Batching:

@@ -43,17 +43,15 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[Windows]:
         """The windows of each text, each of at most the version's `max_length` tokens; uses every core."""
-        encodings = self._tokenizer.encode_batch_fast([normalise(text) for text in texts])
-        return [self._windows(encoding.ids) for encoding in encodings]
+        return list(map(self._windows, self._token_ids(texts)))
 
     def encode_beginnings(self, texts: Sequence[str]) -> list[list[int]]:
         """The first `max_length` tokens of each text, special tokens included: what a version is trained on."""
         kept = self._max_length - len(self._after)
-        encodings = self._tokenizer.encode_batch_fast([normalise(text) for text in texts])
-        return [
-            ids if len(ids) <= self._max_length else [*ids[:kept], *self._after]
-            for ids in (encoding.ids for encoding in encodings)
-        ]
+        return [ids if len(ids) <= self._max_length else [*ids[:kept], *self._after] for ids in self._token_ids(texts)]
+
+    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([normalise(text) for text in texts])]
 
     def _windows(self, ids: list[int]) -> Windows:
         if len(ids) <= self._max_length:

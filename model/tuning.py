@@ -169,12 +169,11 @@ def _planned_time(lengths: NDArray[np.int64], batching: Batching) -> float:
     assert batching.cost is not None
     # Cut where the sum of lengths passes a multiple of the window.
     windows = np.flatnonzero(np.diff(np.cumsum(lengths) // batching.window_tokens)) + 1
-    time_ = 0.0
-    for window in np.split(lengths, windows):
-        for batch in plan_batches(window, batching):
-            longest = int(window[batch].max())
-            time_ += batching.cost.fixed_tokens + len(batch) * (longest + batching.cost.quadratic * longest**2)
-    return time_
+    return sum(
+        batching.cost.time(int(window[batch].max()), len(batch))
+        for window in np.split(lengths, windows)
+        for batch in plan_batches(window, batching)
+    )
 
 
 def _tokens_per_s(passes: Iterable[Pass]) -> float:
