@@ -51,6 +51,9 @@ MAX_TEXT_BYTES = 20_480
 MAX_ID_CHARS = 200
 MAX_CONTEXT_BYTES = 4_096
 
+SWEEP_LOCK = 6_877_836_933
+"""PostgreSQL's advisory lock of the one worker that sweeps; any number that nobody else uses."""
+
 DEFAULT_COMMUNITY = "default"
 STARTER_VERSION = "starter-1"
 """The trained version that ships in `model/starter`."""
@@ -70,3 +73,4 @@ class Reason(StrEnum):
     WORKER_DIED = "worker_died"
     SCORING_FAILED = "scoring_failed"
     RECORDING_FAILED = "recording_failed"
+    ERASED = "erased"

@@ -87,6 +87,30 @@ class BrokerOptions(Section):
     master_name: str = Field(min_length=1)
 
 
+class ClientSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    durable: bool
+    max_queue_messages: int = Field(ge=0)
+    max_comments_per_minute: int = Field(ge=0)
+    community_max_comments_per_minute: dict[str, Annotated[int, Field(ge=0)]]
+
+
+class PrivacySettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    keep_text_days: float = Field(ge=0, le=36_500)
+
+
+class TrialSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    min_decisions: int = Field(ge=1)
+    max_error_rate: float = Field(ge=0, le=1)
+    max_mean_score_shift: float = Field(ge=0, le=1)
+    max_action_share_shift: float = Field(ge=0, le=1)
+
+
 class WorkerSettings(Section):
     """See config/default.yaml for each setting's unit and reason."""
 
@@ -99,6 +123,7 @@ class WorkerSettings(Section):
     max_held_comments: int = Field(ge=0, le=1_000_000)
     max_held_bytes: int = Field(ge=0)
     visibility_timeout_s: int = Field(ge=3, le=3600)
+    resubmit_after_s: float = Field(ge=1, le=86_400)
     activation_poll_s: float = Field(gt=0, le=60)
 
 
@@ -133,7 +158,10 @@ class Settings(Section):
     database_url: DatabaseUrl
     versions_dir: RootedPath
     policy_file: RootedPath
+    client: ClientSettings
     worker: WorkerSettings
+    trial: TrialSettings
+    privacy: PrivacySettings
     trainer: TrainerSettings
 
 

@@ -49,7 +49,7 @@ from db.tables import (
 )
 
 DECIDED = "decided"
-"""State of a submission that has its decision."""
+"""State of a submission that has its decision; `db.tables.Submission` names the others."""
 
 IN_LIST = 500
 """Ids in one IN (...): each database bounds the parameters of a statement."""
@@ -183,10 +183,11 @@ def _postgresql_insert() -> Select[Any]:
     given = select(rows).cte("given")
     values = dict(given.c.items()) | {"state": literal(DECIDED)}
     # In the order of ids, so that two workers inserting the same ones wait for each other but never in a circle.
-    submissions = select(*(values[each.name] for each in submission)).order_by(given.c.submission_id)
+    given_columns = [values[each.name].label(each.name) for each in submission if each.name in values]
+    submissions = select(*given_columns).order_by(given.c.submission_id)
     inserted = (
         postgresql.insert(Submission)
-        .from_select(list(submission), submissions)
+        .from_select(list(submissions.selected_columns.keys()), submissions)
         .on_conflict_do_nothing(index_elements=[submission.submission_id])
         .returning(submission.submission_id)
         .cte("inserted")
@@ -213,7 +214,7 @@ def _insert_new_on_sqlite(connection: Connection, rows: Sequence[ScoredSubmissio
 def _sqlite_insert(table: type[Base]) -> tuple[str, Callable[[list[ScoredSubmission]], list[tuple[Any, ...]]]]:
     """An INSERT and what makes its parameters: those that SQLAlchemy would send, a column at a time and not a value."""
     dialect = sqlite.dialect()
-    columns = list(table.__table__.c)
+    columns = [column for column in table.__table__.c if hasattr(ScoredSubmission, column.name)]
     get = attrgetter(*(column.name for column in columns))
     processors = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in columns]
 
@@ -222,7 +223,8 @@ def _sqlite_insert(table: type[Base]) -> tuple[str, Callable[[list[ScoredSubmiss
         sent = (map(process, given) if process else given for process, given in zip(processors, by_column, strict=True))
         return list(zip(*sent, strict=True))
 
-    return str(insert(table).compile(dialect=dialect)), values
+    sql = insert(table).compile(dialect=dialect, column_keys=[column.name for column in columns])
+    return str(sql), values
 
 
 _SQLITE_SEEN = select(Submission.submission_id, Submission.text_sha256).where(
@@ -250,6 +252,10 @@ class DeadLetterRow:
     detail: str
     payload: bytes
     payload_bytes: int
+    payload_sha256: str | None
+    community: str | None
+    comment_id: str | None
+    author: str | None
     received_at: datetime
 
 
@@ -334,7 +340,8 @@ _ACTION_NOW = func.coalesce(Review.action, Decision.action)
 
 
 def _select_results() -> Select[Any]:
-    submission = [column for column in Submission.__table__.c if column.name != "state"]
+    columns = {field.name for field in fields(Result)}
+    submission = [column for column in Submission.__table__.c if column.name in columns]
     decision = [column for column in Decision.__table__.c if column.name not in ("submission_id", "action")]
     return (
         select(

@@ -1,13 +1,13 @@
 """The tables, and the meaning of every column. Owns the schema; db/migrations must equal it (tested).
 
-Times are UTC. Scores are probabilities from 0 to 1. Nothing here is overwritten but `submissions.state` (and a
-text that is erased) and the progress of a row in `training_runs`.
+Times are UTC. Scores are probabilities from 0 to 1. Nothing here is overwritten but the way of a submission (`state`,
+`enqueued_at`), what is erased of it, the progress of a row in `training_runs`, and the end of one in `trials`.
 """
 
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text, TypeDecorator
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text, TypeDecorator, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from config.names import MAX_ID_CHARS
@@ -45,10 +45,18 @@ VERSION_CHARS = 100
 
 
 class Submission(Base):
-    """One request to score one comment. Immutable but for `state`, and `text` when it is erased."""
+    """One request to score one comment. Immutable but for its way through the queue, and what is erased of it."""
 
     __tablename__ = "submissions"
-    __table_args__ = (Index("ix_submissions_comment", "community", "comment_id"),)
+    __table_args__ = (
+        Index("ix_submissions_comment", "community", "comment_id"),
+        Index(
+            "ix_submissions_pending",
+            "enqueued_at",
+            postgresql_where=text("state = 'pending'"),
+            sqlite_where=text("state = 'pending'"),
+        ),
+    )
 
     submission_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS), primary_key=True)
     """The producer's idempotency key, or the message's task id and the comment's place in its list: `<id>:<n>`."""
@@ -70,7 +78,14 @@ class Submission(Base):
     submitted_at: Mapped[datetime]
     """When the producer submitted it; where the message does not say, when the worker took it."""
     state: Mapped[str] = mapped_column(String(16))
-    """`decided`; later releases add `pending` for durable submissions."""
+    """`decided`; of a durable submission `pending` before that, or `dead` where it became a dead letter instead."""
+    queue: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """Of a durable submission: the queue it waits in, as the next two; null of all others."""
+    expires_at: Mapped[datetime | None]
+    enqueued_at: Mapped[datetime | None]
+    """When its message was last put on the queue, by the database's clock."""
+    erased_at: Mapped[datetime | None]
+    """When text, context and perhaps author were erased; null where they were not."""
 
 
 class Decision(Base):
@@ -233,7 +248,83 @@ class DeadLetter(Base):
     """The first bytes of the comment or message; empty where the producer said `store_text: false`."""
     payload_bytes: Mapped[int]
     """Its whole length."""
+    payload_sha256: Mapped[str | None] = mapped_column(String(64))
+    """Of the whole payload; null in rows of the first release."""
+    community: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """Of the comment, as the next two: null where it could not be read, or did not say."""
+    comment_id: Mapped[str | None] = mapped_column(String(SUBMISSION_ID_CHARS))
+    author: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
     received_at: Mapped[datetime]
+
+
+class Trial(Base):
+    """A second version at work beside the active one: a canary, a shadow, or one side of an A/B test. One at a time."""
+
+    __tablename__ = "trials"
+
+    trial_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    """`canary` and `ab`: it decides its share of the submissions; `shadow`: its scores are recorded, never acted on."""
+    version: Mapped[str] = mapped_column(ForeignKey("model_versions.version"))
+    baseline: Mapped[str] = mapped_column(String(VERSION_CHARS))
+    """The version that was active when it began; another activation ends the trial."""
+    share: Mapped[float]
+    """Of the submissions, from 0 to 1; which ones is a matter of their ids alone."""
+    bounds: Mapped[dict[str, Any]]
+    """Within which a canary must stay, or is rolled back: the settings at its start."""
+    started_at: Mapped[datetime]
+    started_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    reason: Mapped[str] = mapped_column(Text)
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    """Null while it runs; then `promoted`, `stopped` or `rolled_back`."""
+    ended_at: Mapped[datetime | None]
+    ended_by: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    verdict: Mapped[str | None] = mapped_column(Text)
+    """Why it ended, with the figures that said so."""
+
+
+class TrialScore(Base):
+    """What a version on trial said of a submission: of a shadow always, of the others only where it failed."""
+
+    __tablename__ = "trial_scores"
+
+    trial_id: Mapped[int] = mapped_column(ForeignKey("trials.trial_id"), primary_key=True)
+    submission_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS), primary_key=True)
+    """No foreign key: it may be written before the submission's own row."""
+    toxic: Mapped[float | None]
+    severe_toxic: Mapped[float | None]
+    obscene: Mapped[float | None]
+    threat: Mapped[float | None]
+    insult: Mapped[float | None]
+    identity_hate: Mapped[float | None]
+    action: Mapped[str | None] = mapped_column(String(16))
+    """What the policy would have made of the scores."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """Why it gave no scores, never quoting the comment; the active version then decided."""
+    scored_at: Mapped[datetime]
+
+
+class Erasure(Base):
+    """The record of an erasure: what was erased, not what it said. Append-only."""
+
+    __tablename__ = "erasures"
+
+    erasure_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    """`comment`, `author`, or `retention`: texts grown older than the settings allow."""
+    subject: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS))
+    """The comment's id; of an author only the sha256 of the name; of a retention the days texts are kept."""
+    community: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """To which it was confined; null where to none."""
+    until: Mapped[datetime | None]
+    """Of a retention: what was decided before then has been erased."""
+    submissions: Mapped[int]
+    """How many rows lost their text."""
+    dead_letters: Mapped[int]
+    """How many lost their payload."""
+    erased_at: Mapped[datetime]
+    erased_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    reason: Mapped[str | None] = mapped_column(Text)
 
 
 CURRENT_ACTIONS = """

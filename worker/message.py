@@ -52,6 +52,9 @@ class Refused:
     detail: str
     payload: bytes
     payload_bytes: int
+    payload_sha256: str
+    comment: Comment | None
+    """Where it was well-formed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +144,21 @@ def refuse_message(headers: Mapping[str, Any], body: bytes, reason: Reason, deta
 def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()
-    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text)
+    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, comment)
 
 
-def _refuse(dead_letter_id: str, reason: Reason, detail: str, payload: bytes, stored: bool) -> Refused:
-    return Refused(dead_letter_id, reason, detail, payload[:MAX_PAYLOAD_BYTES] if stored else b"", len(payload))
+def _refuse(
+    dead_letter_id: str, reason: Reason, detail: str, payload: bytes, stored: bool, comment: Comment | None = None
+) -> Refused:
+    kept = payload[:MAX_PAYLOAD_BYTES] if stored else b""
+    sha256 = hashlib.sha256(payload).hexdigest()
+    return Refused(dead_letter_id, reason, detail, kept, len(payload), sha256, comment)
 
 
 def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes, length: int) -> Refused:
     # Its comments cannot be told apart, so one that must not be stored forbids it for all.
     kept = b"" if STORE_TEXT_FALSE.search(body) else body[:MAX_PAYLOAD_BYTES]
-    return Refused(message_id, reason, detail, kept, length)
+    return Refused(message_id, reason, detail, kept, length, hashlib.sha256(body).hexdigest(), None)
 
 
 def _message_id(task_id: object, body: bytes) -> str:

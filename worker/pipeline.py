@@ -408,6 +408,7 @@ def _conflict(item: Item) -> DeadLetterRow:
 
 
 def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
+    comment = refused.comment
     return DeadLetterRow(
         dead_letter_id=refused.dead_letter_id,
         queue=delivery.queue,
@@ -415,6 +416,10 @@ def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
         detail=refused.detail,
         payload=refused.payload,
         payload_bytes=refused.payload_bytes,
+        payload_sha256=refused.payload_sha256,
+        community=None if comment is None else comment.community,
+        comment_id=None if comment is None else comment.id,
+        author=None if comment is None else comment.author,
         received_at=delivery.received_at,
     )
 

@@ -71,6 +71,10 @@ def letter(dead_letter_id: str, **changes: Any) -> DeadLetterRow:
         detail="text is empty",
         payload=b'{"text": ""}',
         payload_bytes=12,
+        payload_sha256=None,
+        community=None,
+        comment_id=None,
+        author=None,
         received_at=NOON,
     )
     return replace(row, **changes)
