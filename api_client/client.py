@@ -38,9 +38,11 @@ from config.names import (
     WORKER_CONTROL_EXCHANGE,
     WORKER_UNACKED_KEY,
     Action,
+    Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import queries
+from db import dead_letters, queries
+from db.dead_letters import DeadLetterRow
 from db.session import DatabaseProblem, open_database, reading, writing
 
 if TYPE_CHECKING:
@@ -401,10 +403,10 @@ class ModerationClient:
         """The decisions that fit every filter given; see `db.queries.results` for each. Iterating asks the database."""
         return Results(self._reading, filters)
 
-    def dead_letters(self, *, limit: int = 100) -> list[queries.DeadLetterRow]:
+    def dead_letters(self, *, limit: int | None = 100, reason: Reason | None = None) -> list[DeadLetterRow]:
         """The newest comments and messages that could not be decided, newest first, each with its reason."""
         with self._reading() as connection:
-            return queries.dead_letters(connection, limit=limit)
+            return dead_letters.newest(connection, limit=limit, reason=reason)
 
     def review(
         self,

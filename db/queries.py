@@ -1,4 +1,4 @@
-"""Every question asked of the database, one function each. Owns all SQL of the project.
+"""Every question asked of the database, one function each. Owns the SQL of decisions, versions and trainings.
 
 Functions take a connection from `db.session.reading` or `writing` and never commit. Times are aware datetimes.
 What a function returns is a plain value that outlives the connection, but for the iterators: they stream, and
@@ -11,14 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import orjson
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    CursorResult,
-    RowMapping,
     Select,
     bindparam,
     column,
@@ -34,6 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
 from config.names import LABELS
+from db.rows import chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
 from db.tables import (
     Activation,
@@ -50,13 +49,6 @@ from db.tables import (
 
 DECIDED = "decided"
 """State of a submission that has its decision; `db.tables.Submission` names the others."""
-
-IN_LIST = 500
-"""Ids in one IN (...): each database bounds the parameters of a statement."""
-STREAM_ROWS = 500
-"""Rows held in memory of a streamed answer."""
-
-AnyRow = TypeVar("AnyRow")
 
 
 class NoSuchDecision(DatabaseProblem):
@@ -156,7 +148,7 @@ def _insert_new_on_postgresql(connection: Connection, rows: Sequence[ScoredSubmi
 
     seen = connection.scalars(_POSTGRESQL_INSERT, {"rows": Json(rows, dumps=_as_json)}).all()
     text_sha256: dict[str, str] = {}
-    for ids in _chunks(seen):
+    for ids in chunks(seen):
         # A statement of its own: one that has waited for another worker does not see what that one committed.
         stored = select(Submission.submission_id, Submission.text_sha256).where(Submission.submission_id.in_(ids))
         text_sha256 |= dict(connection.execute(stored).all())
@@ -237,45 +229,15 @@ def store_policy(connection: Connection, text: str, *, now: datetime) -> str:
     """Keep a policy's text; its version, the sha256 of the text's UTF-8 in hex, is returned."""
     policy_version = hashlib.sha256(text.encode()).hexdigest()
     connection.execute(
-        _insert_new(connection, Policy), {"policy_version": policy_version, "text": text, "first_used_at": now}
+        insert_if_absent(connection, Policy), {"policy_version": policy_version, "text": text, "first_used_at": now}
     )
     return policy_version
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetterRow:
-    """A row of `dead_letters`, column by column."""
-
-    dead_letter_id: str
-    queue: str
-    reason: str
-    detail: str
-    payload: bytes
-    payload_bytes: int
-    payload_sha256: str | None
-    community: str | None
-    comment_id: str | None
-    author: str | None
-    received_at: datetime
-
-
-def record_dead_letters(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
-    """Set aside what could not be decided; a letter already there by its id is left as it is."""
-    if letters:
-        ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
-        connection.execute(_insert_new(connection, DeadLetter), [asdict(letter) for letter in ordered])
-
-
-def dead_letters(connection: Connection, *, limit: int) -> list[DeadLetterRow]:
-    """The newest dead letters, newest first."""
-    newest = select(DeadLetter).order_by(DeadLetter.received_at.desc(), DeadLetter.dead_letter_id).limit(limit)
-    return _all(connection, newest, DeadLetterRow)
 
 
 def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[str, Literal["decided", "dead"]]:
     """Which of these submissions have come to an end, and which; those still on their way are absent."""
     found: dict[str, Literal["decided", "dead"]] = {}
-    for ids in _chunks(submission_ids):
+    for ids in chunks(submission_ids):
         dead = select(DeadLetter.dead_letter_id).where(DeadLetter.dead_letter_id.in_(ids))
         found |= dict.fromkeys(connection.scalars(dead), "dead")
         # A conflicting repetition is a dead letter under the id of the submission that was decided.
@@ -360,7 +322,7 @@ def _select_results() -> Select[Any]:
 
 def result(connection: Connection, submission_id: str) -> Result | None:
     """What became of one submission; None while it has no decision."""
-    return _first(connection, _select_results().where(Decision.submission_id == submission_id), Result)
+    return first(connection, _select_results().where(Decision.submission_id == submission_id), Result)
 
 
 def results(
@@ -413,7 +375,7 @@ def results(
     if until is not None:
         wanted.append(Decision.decided_at < until)
     statement = _select_results().where(*wanted).order_by(*_ordering(order)).limit(limit)
-    return (Result(**row) for row in _streamed(connection, statement))
+    return (Result(**row) for row in streamed(connection, statement))
 
 
 def _ordering(order: str) -> list[ColumnElement[Any]]:
@@ -487,7 +449,7 @@ def add_review(
         "reviewed_at": now,
         **labels,
     }
-    return _insert_one(connection, Review, row)
+    return insert_one(connection, Review, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,7 +472,7 @@ def reviewed_examples(connection: Connection) -> Iterator[ReviewedExample]:
         .where(Review.review_id.in_(newest), Submission.text.is_not(None))
         .order_by(Review.review_id)
     )
-    for row in _streamed(connection, statement):
+    for row in streamed(connection, statement):
         yield ReviewedExample(row["review_id"], row["text"], {label: row[label] for label in LABELS})
 
 
@@ -537,7 +499,7 @@ def register_version(connection: Connection, manifest: Mapping[str, Any], now: d
     manifest = json.loads(json.dumps(dict(manifest)))
     name = manifest["version"]
     row = {"version": name, "parent": manifest.get("parent"), "manifest": manifest, "registered_at": now}
-    connection.execute(_insert_new(connection, ModelVersion), row)
+    connection.execute(insert_if_absent(connection, ModelVersion), row)
     if connection.scalar(select(ModelVersion.manifest).where(ModelVersion.version == name)) != manifest:
         raise VersionConflict(f"another model version is already registered as {name!r}: its manifest differs")
 
@@ -545,12 +507,12 @@ def register_version(connection: Connection, manifest: Mapping[str, Any], now: d
 def versions(connection: Connection) -> list[VersionRow]:
     """Every registered version, newest first."""
     newest_first = select(ModelVersion).order_by(ModelVersion.registered_at.desc(), ModelVersion.version.desc())
-    return _all(connection, newest_first, VersionRow)
+    return every(connection, newest_first, VersionRow)
 
 
 def version(connection: Connection, name: str) -> VersionRow | None:
     """The version registered under this name."""
-    return _first(connection, select(ModelVersion).where(ModelVersion.version == name), VersionRow)
+    return first(connection, select(ModelVersion).where(ModelVersion.version == name), VersionRow)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -573,7 +535,7 @@ def activate(connection: Connection, *, version: str, by: str, reason: str, now:
     if connection.scalar(select(ModelVersion.version).where(ModelVersion.version == version)) is None:
         raise NoSuchVersion(f"no model version {version!r} is registered")
     row = {"version": version, "activated_at": now, "activated_by": by, "reason": reason}
-    return _insert_one(connection, Activation, row)
+    return insert_one(connection, Activation, row)
 
 
 def active(connection: Connection) -> ActivationRow | None:
@@ -584,7 +546,7 @@ def active(connection: Connection) -> ActivationRow | None:
 def activations(connection: Connection, limit: int) -> list[ActivationRow]:
     """The newest activations, newest first."""
     newest = select(Activation).order_by(Activation.activation_id.desc()).limit(limit)
-    return _all(connection, newest, ActivationRow)
+    return every(connection, newest, ActivationRow)
 
 
 def previous_version(connection: Connection) -> str | None:
@@ -622,7 +584,7 @@ def record_load(
         "error": error,
         "loaded_at": now,
     }
-    _insert_one(connection, VersionLoad, row)
+    insert_one(connection, VersionLoad, row)
 
 
 def loads(connection: Connection, activation_id: int) -> list[LoadRow]:
@@ -633,7 +595,7 @@ def loads(connection: Connection, activation_id: int) -> list[LoadRow]:
         .group_by(VersionLoad.worker)
     )
     statement = select(VersionLoad).where(VersionLoad.load_id.in_(newest)).order_by(VersionLoad.worker)
-    return _all(connection, statement, LoadRow)
+    return every(connection, statement, LoadRow)
 
 
 # --- Training runs -----------------------------------------------------------------------------------------------
@@ -686,7 +648,7 @@ def request_run(
         "requested_by": requested_by,
         "overrides": dict(overrides),
     }
-    connection.execute(_insert_new(connection, TrainingRun), row)
+    connection.execute(insert_if_absent(connection, TrainingRun), row)
 
 
 def claim_run(connection: Connection, run_id: str, now: datetime) -> bool:
@@ -753,51 +715,16 @@ def fail_abandoned_runs(connection: Connection, *, silent_since: datetime, now: 
 
 def run(connection: Connection, run_id: str) -> RunRow | None:
     """One training run."""
-    return _first(connection, select(TrainingRun).where(TrainingRun.run_id == run_id), RunRow)
+    return first(connection, select(TrainingRun).where(TrainingRun.run_id == run_id), RunRow)
 
 
 def run_that_wrote(connection: Connection, version: str) -> RunRow | None:
     """The training run that a version came from; None where it came another way."""
     newest = select(TrainingRun).where(TrainingRun.version == version).order_by(TrainingRun.requested_at.desc())
-    return _first(connection, newest.limit(1), RunRow)
+    return first(connection, newest.limit(1), RunRow)
 
 
 def runs(connection: Connection, limit: int) -> list[RunRow]:
     """The newest training runs, newest first."""
     newest = select(TrainingRun).order_by(TrainingRun.requested_at.desc(), TrainingRun.run_id).limit(limit)
-    return _all(connection, newest, RunRow)
-
-
-# --- Rows --------------------------------------------------------------------------------------------------------
-
-
-def _insert_new(connection: Connection, table: type[Base]) -> Any:
-    """An INSERT that passes over rows whose primary key is there already."""
-    dialect: Any = {"postgresql": postgresql, "sqlite": sqlite}[connection.dialect.name]
-    return dialect.insert(table).on_conflict_do_nothing(index_elements=list(table.__table__.primary_key))
-
-
-def _insert_one(connection: Connection, table: type[Base], row: dict[str, Any]) -> int:
-    inserted: CursorResult[Any] = connection.execute(insert(table).values(row))
-    assert inserted.inserted_primary_key is not None
-    return int(inserted.inserted_primary_key[0])
-
-
-def _chunks(ids: Collection[str]) -> Iterator[list[str]]:
-    listed = list(ids)
-    return (listed[start : start + IN_LIST] for start in range(0, len(listed), IN_LIST))
-
-
-def _first(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> AnyRow | None:
-    row = connection.execute(statement).mappings().first()
-    return None if row is None else kind(**row)
-
-
-def _all(connection: Connection, statement: Select[Any], kind: type[AnyRow]) -> list[AnyRow]:
-    return [kind(**row) for row in connection.execute(statement).mappings()]
-
-
-def _streamed(connection: Connection, statement: Select[Any]) -> Iterator[RowMapping]:
-    # Closed with the iterator: an answer that is not read to its end holds a cursor on the server.
-    with connection.execute(statement, execution_options={"yield_per": STREAM_ROWS}) as rows:
-        yield from rows.mappings()
+    return every(connection, newest, RunRow)

@@ -21,7 +21,9 @@ import numpy as np
 from sqlalchemy import Connection, Engine
 
 from config.names import INTERACTIVE_QUEUE, LABELS, Reason
-from db.queries import DeadLetterRow, ScoredSubmission, record_dead_letters, record_decisions, store_policy
+from db import dead_letters
+from db.dead_letters import DeadLetterRow
+from db.queries import ScoredSubmission, record_decisions, store_policy
 from db.session import is_outage, writing
 from model.batching import padded_tokens
 from model.engine import Scorer, Scores
@@ -379,7 +381,7 @@ class Pipeline:
         with writing(self._database) as connection:
             self._store_policy_once(connection)
             conflicts = record_decisions(connection, rows).conflicts
-            record_dead_letters(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
+            dead_letters.record(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
         self._policy_stored = True
 
     def _store_policy_once(self, connection: Connection) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from db import dead_letters
+from db.dead_letters import DeadLetterRow
 from db.queries import (
-    DeadLetterRow,
     ScoredSubmission,
-    record_dead_letters,
     record_decisions,
     register_version,
     store_policy,
@@ -93,5 +93,5 @@ def decide(database_url: str, *rows: ScoredSubmission, letters: Sequence[DeadLet
     with writing(engine) as connection:
         prepare(connection, "v1", "v2")
         record_decisions(connection, rows)
-        record_dead_letters(connection, letters)
+        dead_letters.record(connection, letters)
     engine.dispose()

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, delete, insert, text
 from sqlalchemy.exc import DataError
 
 from config.names import LABELS, Action
-from db import queries
+from db import dead_letters, queries
 from db.queries import (
     NoSuchDecision,
     NoSuchRun,
@@ -25,6 +25,7 @@ from db.queries import (
     VersionConflict,
     record_decisions,
 )
+from db.rows import STREAM_ROWS
 from db.session import is_outage, open_database, reading, writing
 from db.tables import Decision, Submission
 from tests.integration.rows import NOON, POLICY, POLICY_VERSION, letter, minutes, prepare, scored
@@ -281,22 +282,22 @@ class TestDeadLetters:
     def test_the_newest_come_first_and_a_redelivery_adds_none(self, engine: Engine) -> None:
         # Given letters, one of which comes again with other words, in the same batch and in a later one
         old, new = letter("old"), letter("new", payload=b"\x00\xff", received_at=minutes(1))
-        tell(engine, queries.record_dead_letters, [new, old, replace(old, detail="again")])
-        tell(engine, queries.record_dead_letters, [replace(new, detail="again")])
+        tell(engine, dead_letters.record, [new, old, replace(old, detail="again")])
+        tell(engine, dead_letters.record, [replace(new, detail="again")])
         # Then each is there once, as it first came
-        assert ask(engine, queries.dead_letters, limit=10) == [new, old]
-        assert ask(engine, queries.dead_letters, limit=1) == [new]
+        assert ask(engine, dead_letters.newest, limit=10) == [new, old]
+        assert ask(engine, dead_letters.newest, limit=1) == [new]
 
     def test_no_letters_are_no_work(self, engine: Engine) -> None:
-        tell(engine, queries.record_dead_letters, [])
-        assert ask(engine, queries.dead_letters, limit=10) == []
+        tell(engine, dead_letters.record, [])
+        assert ask(engine, dead_letters.newest, limit=10) == []
 
 
 class TestOutcomes:
     def test_each_is_decided_dead_or_absent(self, engine: Engine) -> None:
         # Given a decision, a dead letter, and a decision whose conflicting repetition is a dead letter
         record(engine, scored("decided"), scored("both"))
-        tell(engine, queries.record_dead_letters, [letter("dead"), letter("both")])
+        tell(engine, dead_letters.record, [letter("dead"), letter("both")])
         found = ask(engine, queries.outcomes, ["decided", "dead", "both", "on its way"])
         assert found == {"decided": "decided", "dead": "dead", "both": "decided"}
 
@@ -355,9 +356,9 @@ class TestResults:
 
     def test_a_long_answer_is_streamed(self, decided: Engine) -> None:
         # Given more results than are held in memory at a time
-        record(decided, *(scored(f"more {n}") for n in range(2 * queries.STREAM_ROWS + 1)))
+        record(decided, *(scored(f"more {n}") for n in range(2 * STREAM_ROWS + 1)))
         # Then all of them come, and taking the first few is enough
-        assert len({result.submission_id for result in ask(decided, queries.results)}) == 2 * queries.STREAM_ROWS + 5
+        assert len({result.submission_id for result in ask(decided, queries.results)}) == 2 * STREAM_ROWS + 5
         with reading(decided) as connection:
             assert next(queries.results(connection)).submission_id == "4"
 
@@ -368,7 +369,7 @@ class TestResults:
 
     def test_totals(self, decided: Engine) -> None:
         review(decided, "1")
-        tell(decided, queries.record_dead_letters, [letter("5")])
+        tell(decided, dead_letters.record, [letter("5")])
         assert ask(decided, queries.totals) == Totals(
             decisions=4, actions={"allow": 2, "hide": 1, "remove": 1}, dead_letters=1, reviews=1
         )

@@ -17,8 +17,9 @@ from sqlalchemy import Engine, event, text
 
 from config.names import INTERACTIVE_QUEUE, LABELS
 from config.settings import ROOT
-from db import queries
-from db.queries import DeadLetterRow, Result
+from db import dead_letters, queries
+from db.dead_letters import DeadLetterRow
+from db.queries import Result
 from db.session import open_database, reading, writing
 from model.engine import Scorer, Scores, load_scorer
 from model.text import TextEncoder, Windows
@@ -61,7 +62,7 @@ def results(database: Engine) -> dict[str, Result]:
 
 def letters(database: Engine) -> dict[str, DeadLetterRow]:
     with reading(database) as connection:
-        return {letter.dead_letter_id: letter for letter in queries.dead_letters(connection, limit=1_000)}
+        return {letter.dead_letter_id: letter for letter in dead_letters.newest(connection, limit=1_000)}
 
 
 def ids(message_id: str, count: int) -> set[str]:

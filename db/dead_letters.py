@@ -1,0 +1,79 @@
+"""What could not be decided: written, read and deleted. Owns the SQL of `dead_letters`.
+
+Functions take a connection from `db.session.reading` or `writing` and never commit.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, select
+
+from config.names import Reason
+from db.rows import chunks, every, insert_if_absent
+from db.tables import DeadLetter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetterRow:
+    """A row of `dead_letters`, column by column."""
+
+    dead_letter_id: str
+    queue: str
+    reason: str
+    detail: str
+    payload: bytes
+    payload_bytes: int
+    payload_sha256: str | None
+    community: str | None
+    comment_id: str | None
+    author: str | None
+    received_at: datetime
+
+
+def record(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
+    """Set aside what could not be decided; a letter already there by its id is left as it is."""
+    if letters:
+        ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
+        connection.execute(insert_if_absent(connection, DeadLetter), [asdict(letter) for letter in ordered])
+
+
+def newest(connection: Connection, *, limit: int | None, reason: Reason | None = None) -> list[DeadLetterRow]:
+    """The newest dead letters, newest first; without a limit all of them.
+
+    Args:
+        reason: only those set aside for it.
+    """
+    letters = _narrowed(select(DeadLetter), reason, None)
+    newest_first = letters.order_by(DeadLetter.received_at.desc(), DeadLetter.dead_letter_id)
+    return every(connection, newest_first.limit(limit), DeadLetterRow)
+
+
+def by_id(connection: Connection, dead_letter_ids: Collection[str]) -> dict[str, DeadLetterRow]:
+    """Those of these letters that there are, by their ids."""
+    asked = (select(DeadLetter).where(DeadLetter.dead_letter_id.in_(ids)) for ids in chunks(dead_letter_ids))
+    return {letter.dead_letter_id: letter for ids in asked for letter in every(connection, ids, DeadLetterRow)}
+
+
+def count(connection: Connection, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:
+    """How many `purge` would delete."""
+    return connection.scalar(_narrowed(select(func.count(DeadLetter.dead_letter_id)), reason, received_before)) or 0
+
+
+def purge(connection: Connection, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:
+    """Delete the letters that fit all that is given; how many there were."""
+    return connection.execute(_narrowed(delete(DeadLetter), reason, received_before)).rowcount
+
+
+def remove(connection: Connection, dead_letter_id: str) -> bool:
+    """Delete one letter. True for the one caller that did; false for every other."""
+    return connection.execute(delete(DeadLetter).where(DeadLetter.dead_letter_id == dead_letter_id)).rowcount == 1
+
+
+def _narrowed(statement: Any, reason: Reason | None, received_before: datetime | None) -> Any:
+    if reason is not None:
+        statement = statement.where(DeadLetter.reason == reason)
+    if received_before is not None:
+        statement = statement.where(DeadLetter.received_at < received_before)
+    return statement
