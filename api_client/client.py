@@ -41,7 +41,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, queries
+from db import dead_letters, privacy, queries
 from db.dead_letters import DeadLetterRow
 from db.session import DatabaseProblem, open_database, reading, writing
 
@@ -444,6 +444,32 @@ class ModerationClient:
                 note=note,
                 now=datetime.now(UTC),
             )
+
+    # --- Erasing -------------------------------------------------------------------------------------------------
+
+    def erasable(self, subject: privacy.Subject) -> privacy.Erased:
+        """How much `erase` would take."""
+        with self._reading() as connection:
+            return privacy.erasable(connection, subject)
+
+    def erase(
+        self, subject: privacy.Subject, *, by: str, reason: str | None = None
+    ) -> tuple[privacy.Erased, str | None]:
+        """Erase what a comment says, or everything an author wrote and the name; scores and decisions stay.
+
+        It reaches what is in the database now. A comment that still waits in the queue is written when it is decided:
+        erase again then. docs/privacy.md says what else there may be.
+
+        Args:
+            subject: whose texts.
+            by: who erases, for the record.
+
+        Returns:
+            How much was erased, and why the database's files may still hold the bytes; None where they do not.
+        """
+        with self._writing() as connection:
+            erased = privacy.erase(connection, subject, by=by, reason=reason, now=datetime.now(UTC))
+        return erased, privacy.reclaim(self._engine)
 
     # --- Training ------------------------------------------------------------------------------------------------
 

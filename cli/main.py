@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import offline, producing, status, system, training, versions
+from cli import offline, privacy, producing, status, system, training, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -41,6 +41,7 @@ app.command()(producing.submit)
 app.command()(producing.results)
 app.command()(producing.review)
 app.command()(producing.dead_letters)
+app.command()(privacy.erase)
 app.command()(training.retrain)
 app.command()(versions.models)
 app.command()(versions.activate)

@@ -145,6 +145,19 @@ class TestReading:
         assert row["dead_letter_id"] == "gone"
         assert "payload" not in row
 
+    def test_an_erasure_asks_first_and_says_what_it_cannot_reach(self, moderato: Moderato, sqlite_url: str) -> None:
+        decide(sqlite_url, scored("a", comment_id="7", author="ann", text="mind your words"), letters=[letter("b")])
+        # When it is not confirmed, then nothing is erased
+        asked = moderato("erase", "--author", "ann", stdin="n\n", status=1).stderr
+        assert "the texts of 1 submissions; 0 dead letters' payloads" in asked
+        assert "mind your words" in moderato("results", "--text").stdout
+        # When it is, then the text is gone, and what may be elsewhere is named
+        told = moderato("erase", "--author", "ann", "--reason", "asked for", stdin="y\n").stderr
+        assert "mind your words" not in moderato("results", "--text").stdout
+        assert all(place in told for place in ("queue", "notes", "versions", "backups"))
+        assert "nothing of this author is in the database" in moderato("erase", "--author", "ann", "--yes").stderr
+        assert "either --comment ID or --author NAME" in moderato("erase", "--yes", status=1).stderr
+
     def test_status_as_json(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
         [state] = json_lines(moderato("status", "--json").stdout)
         assert state["broker_url"] == redis_url

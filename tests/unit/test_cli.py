@@ -20,6 +20,7 @@ COMMANDS = [
     ["results"],
     ["review"],
     ["dead-letters"],
+    ["erase"],
     ["retrain"],
     ["models"],
     ["activate"],

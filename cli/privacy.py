@@ -1,0 +1,57 @@
+"""Erasing what people wrote, because they ask for it or because it has grown old."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.terminal import Problem, say, user
+
+if TYPE_CHECKING:
+    from db.privacy import Erased
+
+OUT_OF_REACH = (
+    "Not reached: what still waits in the queue (run this again when it is decided), comments and messages set aside "
+    "that could not be read (`moderato dead-letters`), reviewers' notes, versions trained on the text, your backups."
+)
+
+
+def erase(
+    comment: Annotated[str | None, typer.Option(metavar="ID", help="Your own id of the comment.")] = None,
+    author: Annotated[str | None, typer.Option(metavar="NAME", help="Everything of this author, and the name.")] = None,
+    community: Annotated[str | None, typer.Option(help="Only in this community.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record; it is kept.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Erase the texts of a comment or an author from the database; scores and decisions stay.
+
+    Example: moderato erase --comment 42 --community news --reason "asked by its author"
+
+    Example: moderato erase --author ann --yes
+    """
+    if (comment is None) == (author is None):
+        raise Problem("give either --comment ID or --author NAME")
+
+    from api_client.client import ModerationClient
+    from db.privacy import Subject
+
+    subject = (
+        Subject("comment", comment, community) if comment is not None else Subject("author", str(author), community)
+    )
+    with ModerationClient() as client:
+        found = client.erasable(subject)
+        if not (found.submissions or found.dead_letters):
+            say(f"nothing of this {subject.kind} is in the database. {OUT_OF_REACH}")
+            return
+        say(f"to be erased, for good: {_counted(found)}")
+        if not yes:
+            typer.confirm("Erase them?", abort=True, err=True)
+        erased, remains = client.erase(subject, by=user(), reason=reason)
+    say(f"erased: {_counted(erased)}")
+    if remains is not None:
+        say(f"warning: {remains}")
+    say(OUT_OF_REACH)
+
+
+def _counted(erased: "Erased") -> str:
+    undecided = f", {erased.undecided:,} of them not decided yet, which will not be" if erased.undecided else ""
+    return f"the texts of {erased.submissions:,} submissions{undecided}; {erased.dead_letters:,} dead letters' payloads"
