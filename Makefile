@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: install .venv-rivals/installed
 	$(BIN)/python -m bench $(ARGS)

