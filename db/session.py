@@ -13,7 +13,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 BUSY_TIMEOUT_S = 30
 """How long a SQLite writer waits for another one."""
-CONNECT_TIMEOUT_S = 10
+POSTGRESQL_CONNECTION = {
+    "connect_timeout": 10,
+    # A server that has vanished behind a dead line is given up within half a minute, not after the system's two hours
+    # (waiting for an answer) or quarter of one (sending). One that only stands still acknowledges, and is waited for.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
 
 
 class DatabaseProblem(Exception):
@@ -29,7 +37,8 @@ def open_database(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed)
-    return create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    # Parameters stay out of errors, and so out of logs: they are what people wrote.
+    return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=POSTGRESQL_CONNECTION)
 
 
 @contextmanager
@@ -70,7 +79,7 @@ def is_outage(error: BaseException) -> bool:
 def _open_sqlite(url: URL) -> Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
     def configure(driver_connection: Any, _record: Any) -> None:

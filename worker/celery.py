@@ -23,6 +23,8 @@ app.conf.update(
     },
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # What Redis refuses while a connection begins is tried again too (see Consumer), or it would end the worker.
+    broker_channel_error_retry=True,
     accept_content=["json"],
     task_serializer="json",
     task_default_queue=MODERATE_QUEUE,

@@ -34,9 +34,11 @@ from db.migrate import require_current
 from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
+from worker import clock
 from worker.envelope import MALFORMED_HEADER
 from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_message
+from worker.outage import Outage
 from worker.pipeline import Pipeline
 from worker.swap import VersionFollower
 
@@ -52,16 +54,37 @@ GC_NEW_OBJECTS = 20_000
 """Between two looks for garbage in cycles."""
 MAX_DELIVERIES = 5
 """A message that was delivered so often, and whose worker died each time, is not tried again."""
+STEADY_S = 60.0
+"""A connection that lasted so long was sound: pauses begin anew after it."""
 LONGEST_QUEUE_AGE_S = 366 * 86_400
 
 
 class Consumer(CeleryConsumer):
-    """Hands every message to the intake.
+    """Hands every message to the intake, and pauses before it connects anew.
 
     Celery's own handler would run one task per message in the pool, and log the body of what it cannot read.
     """
 
     intake: "Intake"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Gossip is of no use here, and prints a page of its own about every lost connection.
+        super().__init__(*args, **{**kwargs, "without_gossip": True})
+        self._losses = Outage()
+        self._lost_at = -math.inf
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        # Celery pauses between attempts to connect. A Redis that takes the connection and then refuses what is needed
+        # to start on it would be tried without end, and without pause.
+        if time.monotonic() > self._lost_at + STEADY_S:
+            self._losses.end()
+        self._losses.begin()
+        until = time.monotonic() + self._losses.pause_s()
+        while (left_s := until - time.monotonic()) > 0:
+            worker_state.maybe_shutdown()
+            time.sleep(min(left_s, 0.5))
+        self._lost_at = time.monotonic()
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         return self.intake.take
@@ -81,6 +104,8 @@ class Intake(bootsteps.StartStopStep):
         self._hub: Any = None
         self._channel: Any = None
         self._lease_timer: Any = None
+        self._database_timer: Any = None
+        self._renewals = Outage()
         self._arrived: list[Item] = []
         self._held: set[Delivery] = set()
         self._held_comments = 0
@@ -110,11 +135,13 @@ class Intake(bootsteps.StartStopStep):
         self._channel = consumer.task_consumer.channel
         self._channel.fetch_limit = self.fetch_limit
         self._lease_timer = consumer.timer.call_repeatedly(self._settings.visibility_timeout_s / 3, self._renew_leases)
+        self._database_timer = consumer.timer.call_repeatedly(1.0, self._pipeline.notice_silent_database)
         self._acknowledge_settled()
 
     def stop(self, consumer: Consumer) -> None:
-        if self._lease_timer is not None:
-            self._lease_timer.cancel()
+        for timer in (self._lease_timer, self._database_timer):
+            if timer is not None:
+                timer.cancel()
         if consumer.blueprint.state != bootsteps.RUN:  # else the connection is lost, and the step starts again
             self._drain()
 
@@ -153,7 +180,7 @@ class Intake(bootsteps.StartStopStep):
     def take(self, message: Any) -> None:
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
-        now = datetime.now(UTC)
+        now = clock.now()
         parsed = _set_aside(message) or parse_message(message.headers, message.body, now=now)
         delivery = Delivery(
             acknowledge=message.ack,
@@ -223,7 +250,11 @@ class Intake(bootsteps.StartStopStep):
             self._channel.qos.renew_leases()
         except Exception as error:
             # The connection is lost, which the event loop finds out by itself; or Redis refuses to write.
-            logger.warning("leases could not be renewed (%s); what is held may come again", type(error).__name__)
+            if self._renewals.begin():
+                logger.warning("leases cannot be renewed (%s); what is held may come again", type(error).__name__)
+        else:
+            if self._renewals.end():
+                logger.warning("leases are renewed again")
 
     def _drain(self) -> None:
         """Finish what is in hand. The event loop has stopped, so its work is done here."""
@@ -234,6 +265,7 @@ class Intake(bootsteps.StartStopStep):
             logger.info("finishing %d comments", self._held_comments)
         renew_at = time.monotonic()
         while self._held:
+            self._pipeline.notice_silent_database()
             if self._pipeline.database_is_away:
                 logger.warning("the database is away; %d comments return to the queue", self._held_comments)
                 self._pipeline.stop_waiting()

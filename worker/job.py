@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
 from model.engine import Scorer
+from worker import clock
 from worker.message import Submitted
 
 
@@ -84,7 +85,7 @@ class Job:
     def recall(self, scores: TextScores) -> None:
         """Take over what was found of the same text before."""
         self.scores = scores
-        self.started_at = datetime.now(UTC)
+        self.started_at = clock.now()
 
 
 class Piece(NamedTuple):

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,9 +28,11 @@ from db.session import is_outage, writing
 from model.batching import padded_tokens
 from model.engine import Scorer, Scores
 from model.policy import Policy
+from worker import clock
 from worker.job import Delivery, Item, Job, Piece
 from worker.line import Line
 from worker.message import Refused, refuse_comment
+from worker.outage import Outage
 from worker.reuse import Reuse
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ RECORD_COMMENTS = 512
 GATHER_S = 0.1
 """Waited for more to write, while more than so many comments wait for the engine."""
 GATHER_BACKLOG_COMMENTS = 64
-FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
-"""Pauses while the database is away, doubling from the first to the last."""
+SILENT_S = 10.0
+"""A database that has not answered for so long is away, whatever it may still do."""
 EXIT_BROKEN = 70
 """Exit status of a worker whose engine or pipeline broke; EX_SOFTWARE of sysexits.h."""
 
@@ -102,7 +104,10 @@ class Pipeline:
         self._database = database
         self._on_settled = on_settled
         self._policy_stored = False
-        self._outage = threading.Event()
+        self._outage = Outage()
+        self._outage_lock = threading.Lock()
+        self._writing_since: float | None = None
+        """Of the transaction under way, by the monotonic clock."""
         self._stopping = threading.Event()
         self._started = time.monotonic()
         self._arrived: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
@@ -118,7 +123,14 @@ class Pipeline:
     @property
     def database_is_away(self) -> bool:
         """Whether recording waits for the database to come back."""
-        return self._outage.is_set()
+        return self._outage.lasts
+
+    def notice_silent_database(self) -> None:
+        """Take a database for away that does not answer, frozen or behind a dead line: called every second or so."""
+        with self._outage_lock:
+            since = self._writing_since
+            if since is not None and time.monotonic() - since > SILENT_S and self._outage.begin():
+                logger.error("the database has not answered for %g s; decisions wait for it", SILENT_S)
 
     def start(self) -> None:
         stages = [self._prepare, *[self._score] * self._scorer.engine.lanes, self._record]
@@ -226,7 +238,7 @@ class Pipeline:
 
     def _score_batch(self, batch: list[Piece]) -> None:
         scorer = batch[0].job.scorer
-        started_at, started = datetime.now(UTC), time.perf_counter()
+        started_at, started = clock.now(), time.perf_counter()
         scores = _checked(scorer.engine.score([piece.ids for piece in batch]), len(batch)).tolist()
         seconds = time.perf_counter() - started
         lengths = [len(piece.ids) for piece in batch]
@@ -265,7 +277,7 @@ class Pipeline:
 
     def _decide(self, jobs: list[Job]) -> None:
         decided = [(item, job) for job in jobs for item in job.items]
-        now = datetime.now(UTC)
+        now = clock.now()
         rows = [self._row(item, job, now) for item, job in decided]
         items = [item for item, _ in decided]
         with self._lock:
@@ -308,12 +320,9 @@ class Pipeline:
         outcome = self._finished.get()
         self._gather(outcome)
         started = time.perf_counter()
-        pause_s = FIRST_RETRY_S
         while not self._try_to_record(outcome):
-            if self._stopping.is_set():
+            if self._stopping.wait(self._outage.pause_s()):
                 return
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_RETRY_S)
         with self._lock:
             self._counters.recorded += len(outcome.rows)
             self._counters.dead_letters += len(outcome.letters)
@@ -344,49 +353,53 @@ class Pipeline:
     def _try_to_record(self, outcome: Outcome) -> bool:
         """Whether it is committed. False while the database is away, which is said once."""
         try:
-            try:
-                self._commit(outcome.rows, outcome.items, outcome.letters)
-            except Exception as error:
-                if is_outage(error):
-                    raise
-                # One row that the database refuses must not take its batch along.
-                self._record_singly(outcome, error)
+            self._record_all(outcome)
         except Exception as error:
             if not is_outage(error):
                 raise
-            if not self._outage.is_set():
-                logger.error("the database cannot be written to (%s); decisions wait for it", _kind(error))
-                self._outage.set()
+            with self._outage_lock:
+                if self._outage.begin():
+                    logger.error("the database cannot be written to (%s); decisions wait for it", _kind(error))
             return False
-        if self._outage.is_set():
+        if self._outage.end():
             logger.warning("the database can be written to again")
-            self._outage.clear()
         return True
 
-    def _record_singly(self, outcome: Outcome, error: Exception) -> None:
-        logger.warning("the database refused a batch of %d (%s); trying one by one", len(outcome.rows), _kind(error))
-        for row, item in zip(outcome.rows, outcome.items, strict=True):
-            try:
-                self._commit([row], [item], [])
-            except Exception as refusal:
-                if is_outage(refusal):
-                    raise
-                detail = f"the database refused its row ({_kind(refusal)})"
-                refused = refuse_comment(row.submission_id, item.submitted.comment, Reason.RECORDING_FAILED, detail)
-                self._commit([], [], [_letter(refused, item.delivery)])
-        for letter in outcome.letters:
-            self._commit([], [], [letter])
+    def _record_all(self, outcome: Outcome) -> None:
+        try:
+            self._commit(outcome.rows, outcome.items, outcome.letters)
+        except Exception as error:
+            if is_outage(error) or not outcome.rows:
+                raise
+            # One row that the database refuses must not take its batch along.
+            rows = list(zip(outcome.rows, outcome.items, strict=True))
+            divide_on_failure(rows, self._commit_part, self._refuse_row)
+            self._commit([], [], outcome.letters)
+
+    def _commit_part(self, part: list[tuple[ScoredSubmission, Item]]) -> None:
+        self._commit([row for row, _ in part], [item for _, item in part], [])
+
+    def _refuse_row(self, refused_row: tuple[ScoredSubmission, Item], error: Exception) -> None:
+        row, item = refused_row
+        detail = f"the database refused its row ({_kind(error)})"
+        refused = refuse_comment(row.submission_id, item.submitted.comment, Reason.RECORDING_FAILED, detail)
+        self._commit([], [], [_letter(refused, item.delivery)])
 
     def _commit(self, rows: list[ScoredSubmission], items: list[Item], letters: list[DeadLetterRow]) -> None:
-        with writing(self._database) as connection:
-            self._store_policy_once(connection)
-            conflicts = record_decisions(connection, rows).conflicts
-            dead_letters.record(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
+        self._writing_since = time.monotonic()
+        try:
+            with writing(self._database) as connection:
+                self._store_policy_once(connection)
+                conflicts = record_decisions(connection, rows).conflicts
+                dead_letters.record(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
+        finally:
+            with self._outage_lock:
+                self._writing_since = None
         self._policy_stored = True
 
     def _store_policy_once(self, connection: Connection) -> None:
         if not self._policy_stored:
-            store_policy(connection, self._policy.text, now=datetime.now(UTC))
+            store_policy(connection, self._policy.text, now=clock.now())
 
 
 def _checked(scores: Scores, count: int) -> Scores:
@@ -431,11 +444,14 @@ def divide_on_failure(
 ) -> None:
     """Do the work on a batch; where it fails, on its halves.
 
-    So a batch too large for the device's memory goes on in parts, and one poison text fails alone.
+    So a batch too large for the device's memory goes on in parts, and one poison text fails alone. A database that is
+    away fails all of it, which is raised.
     """
     try:
         work(batch)
     except Exception as error:
+        if is_outage(error):
+            raise
         if len(batch) == 1:
             fail_alone(batch[0], error)
             return

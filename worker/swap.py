@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from sqlalchemy import Engine
 
@@ -20,6 +19,8 @@ from db.session import reading, writing
 from model.engine import Scorer, load_scorer
 from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
+from worker import clock
+from worker.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +81,21 @@ class VersionFollower:
         self._look_now.set()
 
     def _watch(self, exchange: Callable[[Scorer], None]) -> None:
-        unreachable = False
+        unreachable = Outage()
         while True:
-            self._look_now.wait(self._settings.worker.activation_poll_s)
+            poll_s = self._settings.worker.activation_poll_s
+            self._look_now.wait(max(poll_s, unreachable.pause_s()) if unreachable.lasts else poll_s)
             # Cleared before looking: a broadcast that comes while a version loads must lead to another look.
             self._look_now.clear()
             try:
                 self._look(exchange)
-                unreachable = False
+                if unreachable.end():
+                    logger.warning("it can be seen again which version is active")
             except Exception as error:
                 # The database is away, or worse; the running version goes on either way.
-                if not unreachable:
+                if unreachable.begin():
                     kind = type(error).__name__
                     logger.error("cannot see which version is active (%s); %s goes on", kind, self._running)
-                unreachable = True
 
     def _look(self, exchange: Callable[[Scorer], None]) -> None:
         with reading(self._database) as connection:
@@ -149,12 +151,12 @@ class VersionFollower:
                 worker=self._worker,
                 version=self._running,
                 error=error,
-                now=datetime.now(UTC),
+                now=clock.now(),
             )
 
     def _activate_starter(self) -> ActivationRow:
         manifest = read_manifest(STARTER_DIRECTORY).model_dump()
-        now = datetime.now(UTC)
+        now = clock.now()
         with writing(self._database) as connection:
             queries.register_version(connection, manifest, now)
             # Another worker may have come first while this one waited for the lock.

@@ -35,10 +35,13 @@ from kombu import Message as KombuMessage
 from kombu import transport as kombu_transport
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, WORKER_UNACKED_KEY
+from worker import clock
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
+from worker.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,6 @@ MAX_FETCH_MESSAGES = 256
 MAX_BUFFERED_ACKS = 1_000
 TAGS_PER_SCRIPT = 1_000
 """Redis serves nobody else while a script runs, so long work is done in steps of this many messages."""
-REFUSED_PAUSE_S = 1.0
 LONGEST_WAIT_S = 5.0
 """A FETCH in between shows whether the connection still lives: none of it would be heard on a dead one."""
 SUSPECT_RETURNS = 2
@@ -59,7 +61,8 @@ FETCH = r"""
 -- KEYS: unacked hash, unacked index, returns hash, then the lists
 -- ARGV: most messages, bytes after which to stop, 1 if nothing is held, tag prefix, returns that make a suspect,
 --   per list 1 if its consumer acknowledges, then in threes whose turn it is: first list, last list, most messages
--- Reply: 1 if nothing more may be taken before all is done, then in threes: list, message, how often it came back
+-- Reply: 1 if nothing more may be taken before all is done, Redis' time in microseconds, then in threes: list,
+--   message, how often it came back
 redis.call('HLEN', KEYS[1])  -- a key of the wrong type must fail here, not after a message was taken
 redis.call('ZCARD', KEYS[2])
 local some_returned = redis.call('HLEN', KEYS[3]) > 0
@@ -67,7 +70,7 @@ local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local room, bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
 local nothing_held, prefix, suspect = ARGV[3] == '1', ARGV[4], tonumber(ARGV[5])
-local reply, taken = {0}, 0
+local reply, taken = {0, time[1] * 1e6 + time[2]}, 0
 for turn = #KEYS + 3, #ARGV, 3 do
   local most = math.min(room, tonumber(ARGV[turn + 2]))
   for list = tonumber(ARGV[turn]), tonumber(ARGV[turn + 1]) do
@@ -216,6 +219,7 @@ class QoS(virtual.QoS):
         """Of what is held and came back before: delivery tag -> SHA-1, under which its returns are counted."""
         self.finish_first = False
         """Nothing more may be taken before all that is held is done."""
+        self._acks_refused, self._returns_refused = Outage(), Outage()
 
     def hold_returned(self, delivery: Delivery) -> None:
         """Note that its returns must be forgotten when it is acknowledged."""
@@ -270,7 +274,12 @@ class QoS(virtual.QoS):
                     pipe.hdel(channel.returns_key, *done)
                 pipe.execute()
         except ResponseError as error:
-            logger.error("Redis refused %d acknowledgements: %s; their messages repeat", len(self._acks), error)
+            raise_if_read_only(error)
+            if self._acks_refused.begin():
+                logger.error("Redis refuses acknowledgements (%s); their messages repeat", error)
+        else:
+            if self._acks_refused.end():
+                logger.warning("Redis takes acknowledgements again")
         for tag in self._acks if self._digests else ():
             self._digests.pop(tag, None)
         self._acks = []
@@ -280,6 +289,7 @@ class QoS(virtual.QoS):
 
         Raises:
             one of the transport's connection_errors.
+            ResponseError: Redis refuses to write.
         """
         for tags in _chunks(self._delivered):
             self._run(RENEW_LEASES, *tags)
@@ -297,7 +307,12 @@ class QoS(virtual.QoS):
             while self._run(GIVE_BACK_EXPIRED, *bounds) == TAGS_PER_SCRIPT:
                 pass
         except ResponseError as error:
-            logger.error("Redis refused to return expired messages to their queues: %s", error)
+            raise_if_read_only(error)
+            if self._returns_refused.begin():
+                logger.error("Redis refuses to return expired messages to their queues: %s", error)
+        else:
+            if self._returns_refused.end():
+                logger.warning("Redis returns expired messages to their queues again")
 
     def restore_unacked(self) -> list[Any]:
         self.give_back(reversed(self._delivered))
@@ -311,7 +326,8 @@ class QoS(virtual.QoS):
             self.flush_acks()
             super().restore_unacked_once(stderr)
         except Exception as error:
-            logger.warning("%d messages are left to the visibility timeout: %r", len(self._delivered), error)
+            if self._delivered:
+                logger.warning("%d messages are left to the visibility timeout: %r", len(self._delivered), error)
             self._delivered.clear()
             self._acks.clear()
 
@@ -320,6 +336,17 @@ class QoS(virtual.QoS):
         keys = channel.own_keys()
         with channel.conn_or_acquire() as client:
             return client.eval(script, len(keys), *keys, *args)
+
+
+def raise_if_read_only(error: ResponseError) -> None:
+    """A master that was demoted will not come back by itself: its name, asked again, may lead to the new one.
+
+    Raises:
+        redis.exceptions.ConnectionError: as one of the transport's connection_errors it has Celery connect anew.
+    """
+    # Of a script, Redis before 7 says it in the middle of the error.
+    if isinstance(error, ReadOnlyError) or "-READONLY" in str(error):
+        raise RedisConnectionError("this Redis is a read-only replica") from error
 
 
 def _chunks(tags: Iterable[str]) -> Iterator[list[str]]:
@@ -355,7 +382,14 @@ class Channel(kombu_redis.Channel):
         self._tracked = False
         """Whether Redis can push word of a list's change."""
         self._lists_empty = False
+        self._fetch_refused = Outage()
         super().__init__(*args, **kwargs)
+        # It answers, or the line above had raised; but a replica answers too. Celery tries again, with growing pauses.
+        try:
+            with self.conn_or_acquire() as client:
+                client.hdel(self.unacked_key, "")
+        except ResponseError as error:
+            raise_if_read_only(error)
 
     @property
     def returns_key(self) -> str:
@@ -373,6 +407,20 @@ class Channel(kombu_redis.Channel):
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
         # kombu's pops first and holds afterwards, which this QoS does not do.
         raise NotImplementedError("this transport only delivers to consumers: consume from the queue instead")
+
+    def _size(self, queue: str) -> int:
+        # Without kombu's MULTI: Redis at maxmemory refuses it, and a worker that starts must be able to drain it.
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for step in self.priority_steps:
+                pipe.llen(self._q_for_pri(queue, step))
+            return sum(pipe.execute())
+
+    def _queue_bind(self, *args: Any) -> None:
+        try:
+            super()._queue_bind(*args)
+        except OutOfMemoryError as error:
+            # Only what goes by way of an exchange needs the binding, and as a rule it is there from before.
+            logger.warning("Redis could not note the binding of a queue (%s); going on without", error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         connection = self.client.connection
@@ -454,23 +502,30 @@ class Channel(kombu_redis.Channel):
             connection.disconnect()  # so that the next tick connects anew
             raise
         except ResponseError as error:
+            raise_if_read_only(error)
             # Out of memory, disk full, missing permission: raised in the hub it would end the worker.
-            what = "to wait for" if fetching is None else "to hand out"
-            logger.error("Redis refused %s messages: %s; asking again in %g s", what, error, REFUSED_PAUSE_S)
-            self._next_fetch_at = monotonic() + REFUSED_PAUSE_S
+            if self._fetch_refused.begin():
+                what = "to wait for" if fetching is None else "to hand out"
+                logger.error("Redis refuses %s messages: %s; asking again and again", what, error)
+            self._next_fetch_at = monotonic() + self._fetch_refused.pause_s()
             self._lists_empty = False
             raise Empty from None
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        self._lists_empty = fetching is not None and reply == [0]
         self._next_fetch_at = monotonic() + self.longest_wait_s if wait else 0.0
         if fetching is None:
+            self._lists_empty = False
             raise Empty
-        self.qos.finish_first = bool(reply[0])
-        if len(reply) == 1:
+        if self._fetch_refused.end():
+            logger.warning("Redis hands out messages again")
+        finish_first, time_us, *taken = reply
+        clock.tell(time_us / 1e6)
+        self.qos.finish_first = bool(finish_first)
+        self._lists_empty = not taken and not finish_first
+        if not taken:
             raise Empty
-        self._deliver_all(_deliveries(reply, *fetching))
+        self._deliver_all(_deliveries(taken, *fetching))
         return True
 
     def read_push(self) -> None:
@@ -515,10 +570,10 @@ class Channel(kombu_redis.Channel):
         super().close()
 
 
-def _deliveries(reply: list[Any], prefix: str, queue_of_list: list[str]) -> list[Delivery]:
+def _deliveries(taken: list[Any], prefix: str, queue_of_list: list[str]) -> list[Delivery]:
     """What a FETCH brought, preferred queues first."""
-    taken = sorted(zip(count(1), reply[1::3], reply[2::3], reply[3::3], strict=False), key=itemgetter(1))
-    return [Delivery(f"{prefix}{n}", queue_of_list[index], raw, returns) for n, index, raw, returns in taken]
+    ranked = sorted(zip(count(1), taken[::3], taken[1::3], taken[2::3], strict=False), key=itemgetter(1))
+    return [Delivery(f"{prefix}{n}", queue_of_list[index], raw, returns) for n, index, raw, returns in ranked]
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):
