@@ -43,7 +43,7 @@ from config.names import (
 from config.settings import settings, trainer_settings, without_password
 from db import dead_letters, privacy, queries
 from db.dead_letters import DeadLetterRow
-from db.session import DatabaseProblem, open_database, reading, writing
+from db.session import DatabaseProblem, open_database, reading, without_rows, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -704,7 +704,8 @@ class ModerationClient:
             with suppress(DBAPIError):
                 require_current(self._engine)
             url = without_password(self._database_url)
-            raise DatabaseProblem(f"the database {url} cannot be used: {error.orig}") from error
+            # Not from the error: whoever logs the chain would log what the driver quotes.
+            raise DatabaseProblem(f"the database {url} cannot be used: {without_rows(error)}") from None
 
 
 def _mailbox(exchange: str, broker: BrokerConnection) -> Any:

@@ -111,7 +111,7 @@ class EmbeddedRedis:
             raise RedisProblem(f"the path {self.socket} has more than the {MAX_SOCKET_PATH_BYTES} bytes of a socket's")
         executable = redis_server_executable()
         _make_private(self.directory)
-        self.data.mkdir(parents=True, exist_ok=True)
+        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # Two starting at once would both find no socket, and then write one append-only file together.
         with _only_one(self.directory / "starting.lock"):

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from config.names import Reason
 from db import dead_letters
+from db.session import without_rows
 from db.tables import DeadLetter, Decision, Erasure, Submission
 
 RETENTION = "retention"
@@ -221,7 +222,7 @@ def reclaim(engine: Engine) -> str | None:
     try:
         return _rewrite_sqlite(engine) if engine.dialect.name == "sqlite" else _vacuum_postgresql(engine)
     except (DBAPIError, sqlite3.Error) as error:
-        why = getattr(error, "orig", None) or error
+        why = without_rows(error) if isinstance(error, DBAPIError) else error
         return f"the rows are erased, but not yet their bytes in the database's files ({why}); run the command again"
 
 

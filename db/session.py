@@ -76,10 +76,23 @@ def is_outage(error: BaseException) -> bool:
     return not sqlstate.startswith("54")
 
 
+def without_rows(error: DBAPIError) -> str:
+    """What the driver says, but for PostgreSQL's detail and context: those quote rows, and with them comments."""
+    said: str | None = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+    return said or str(error.orig)
+
+
 def _open_sqlite(url: URL) -> Engine:
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    file = Path(url.database) if url.database else None
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "do_connect")
+    def make_private(*_: Any) -> None:
+        # SQLite would let everyone on this machine read it; its write-ahead log takes after it.
+        if file is not None:
+            file.touch(mode=0o600)
 
     @event.listens_for(engine, "connect")
     def configure(driver_connection: Any, _record: Any) -> None:

@@ -1,11 +1,19 @@
 """The worker's Celery app: `celery -A worker worker -Q toxicity`. Celery finds it by this module's name."""
 
+import faulthandler
+import signal
+from typing import Any
+
 from celery import Celery
+from celery.signals import worker_ready
 
 from config.names import MODERATE_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import SettingsError, settings
 from worker import transport
 from worker.intake import Intake
+
+STDERR = 2
+"""The process's own: Celery puts its log in the place of Python's."""
 
 try:
     _settings = settings()
@@ -39,3 +47,9 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=True,
 )
 app.steps["consumer"].add(Intake)
+
+
+@worker_ready.connect
+def _answer_sigusr1_with_stacks_alone(**_: Any) -> None:
+    # Celery's own answer prints what every thread's local variables hold: comments.
+    faulthandler.register(signal.SIGUSR1, file=STDERR)

@@ -53,13 +53,15 @@ QUICK_TRAINING = {
 class CeleryProcess:
     """A Celery app started by the command that its users type, in a process group of its own, writing to a log."""
 
-    def __init__(self, app: str, queue: str, node: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, app: str, queue: str, node: str, environment: Mapping[str, str], log: Path, loglevel: str = "INFO"
+    ) -> None:
         self.node = f"{node}@{socket.gethostname()}"
         self._log = log
         command = [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", queue]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*command, "--loglevel", "INFO", "-n", f"{node}@%h"],
+                [*command, "--loglevel", loglevel, "-n", f"{node}@%h"],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -91,6 +93,9 @@ class CeleryProcess:
     def terminate(self) -> None:
         """SIGTERM, as a supervisor stops it."""
         self._process.terminate()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

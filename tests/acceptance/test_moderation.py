@@ -14,7 +14,6 @@ from tests.acceptance import plain_producer
 from tests.acceptance.conftest import COMMENTS_CSV
 from tests.acceptance.system import TIMEOUT_S, System
 
-
 CHECKED = slice(None, None, 5)
 """The comments that are scored alone, too."""
 

@@ -1,0 +1,62 @@
+"""What others must not see or do: texts in errors, files of the database, code in what is read."""
+
+import os
+import stat
+import traceback
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from api_client.client import ModerationClient
+from db.session import DatabaseProblem, open_database, reading, writing
+from tests.integration.rows import decide, scored
+from tests.integration.test_transport_servers import free_port
+
+MARKER = "zanzibar"
+
+REFUSING = {
+    "sqlite": [
+        "CREATE TRIGGER refuse BEFORE INSERT ON reviews BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    ],
+    # Whose error quotes the whole row.
+    "postgresql": ["ALTER TABLE reviews ADD CHECK (note IS NULL)"],
+}
+
+
+def test_the_clients_errors_quote_no_row(database_url: str) -> None:
+    # Given a database that refuses a row, and says what it held
+    decide(database_url, scored("a"))
+    engine = open_database(database_url)
+    with writing(engine) as connection:
+        for statement in REFUSING[engine.dialect.name]:
+            connection.exec_driver_sql(statement)
+    # When a note is written there
+    with (
+        ModerationClient(f"redis://127.0.0.1:{free_port()}/0", database_url) as client,
+        pytest.raises(DatabaseProblem) as raised,
+    ):
+        client.review("a", action="allow", reviewer="ann", note=MARKER)
+    # Then neither the error nor its traceback, as an application would log it, holds the note
+    assert "cannot be used" in str(raised.value)
+    assert MARKER not in "".join(traceback.format_exception(raised.value))
+    engine.dispose()
+
+
+def test_sqlites_files_are_their_owners_alone(empty_sqlite_url: str) -> None:
+    # Given a machine whose new files everyone may read
+    before = os.umask(0o022)
+    try:
+        # When the database is used for the first time
+        engine = open_database(empty_sqlite_url)
+        with writing(engine) as connection:
+            connection.exec_driver_sql("CREATE TABLE t (x)")
+        # Then its files are private, the write-ahead log too
+        with reading(engine) as connection:
+            connection.exec_driver_sql("SELECT * FROM t")
+            files = list(Path(str(make_url(empty_sqlite_url).database)).parent.iterdir())
+            assert len(files) == 3
+            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    finally:
+        os.umask(before)
+    engine.dispose()
