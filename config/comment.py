@@ -1,6 +1,8 @@
 """The contract of one comment: what a producer may send. Client and worker check it with the same words. Pure."""
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterable
 from datetime import datetime
 from itertools import chain
@@ -12,6 +14,10 @@ from config.names import DEFAULT_COMMUNITY, MAX_CONTEXT_BYTES, MAX_ID_CHARS, MAX
 
 MAX_CONTEXT_NESTING = 32
 """Levels of lists and objects. Deeper ones can be read, but not surely be written again."""
+SEEN = re.compile(r"\w")
+"""A letter, a digit: nearly every text has one among its first characters."""
+UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+"""Controls, formatting and separators, as Unicode's general categories name them."""
 CONTEXT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -26,8 +32,8 @@ def _storable(value: str) -> str:
 
 
 def _text(value: str) -> str:
-    if not value or value.isspace():
-        raise ValueError("is empty; a comment needs text to be scored")
+    if not SEEN.search(value) and all(unicodedata.category(character) in UNSEEN for character in value):
+        raise ValueError("is empty, or holds nothing that can be seen; a comment needs text to be scored")
     if (length := len(value.encode())) > MAX_TEXT_BYTES:
         raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
     return value
@@ -102,8 +108,12 @@ class Comment(BaseModel):
 
 def explain(error: ValidationError) -> str:
     """What is wrong with a comment, for its producer. Never quotes a value: that may be the comment's text."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    if any(problem["loc"] == ("v",) for problem in found):
+        # Of a later version: what else seems wrong may be right there.
+        return "'v' names a version of the contract that is not known here: this release knows 1; upgrade the workers"
     problems = []
-    for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]:
+    for problem in found[:5]:
         place = ".".join(map(str, problem["loc"][:1]))
         said = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":

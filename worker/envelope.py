@@ -6,8 +6,11 @@ Owns what may reach a consumer. Pure: bytes in, an envelope out.
 import binascii
 import hashlib
 import json
+import re
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
+from uuid import uuid4
 
 from pydantic_core import from_json
 
@@ -22,6 +25,16 @@ MALFORMED_HEADER = "moderato_malformed"
 MALFORMED_BYTES_HEADER = "moderato_malformed_bytes"
 """The raw message's whole length."""
 MALFORMED_BODY_BYTES = 64 * 1024
+
+MAX_SEARCHED_BYTES = 8 * 1024 * 1024
+"""Of what cannot be read: where more is left, what it may forbid is not looked for but taken for granted."""
+FORBIDS_STORING = re.compile(rb'store_text(?!\\*"\s*:\s*true\b)')
+"""Anything but a plain true, in JSON or in JSON within a string: what is this wrong may have meant to forbid it."""
+ESCAPED_ASCII = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
+BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}={0,2}")
+ZLIB = "application/x-gzip"
+ZLIB_BEGINNINGS = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
+COMPRESSED = re.compile(rb'"compression"\s*:\s*"')
 
 
 class MalformedMessage(ValueError):
@@ -86,7 +99,7 @@ def _decode(body: object, encoding: object) -> bytes:
 def _decompress(body: bytes, compression: object) -> bytes:
     if compression is None:
         return body
-    if compression != "application/x-gzip":
+    if compression != ZLIB:
         raise MalformedMessage(f"compression {shown(compression)}: only zlib is read")
     decompressor = zlib.decompressobj()
     try:
@@ -110,9 +123,62 @@ def malformed_envelope(raw: bytes, reason: str) -> dict[str, Any]:
         MALFORMED_BYTES_HEADER: len(raw),
     }
     return {
-        "body": raw[:MALFORMED_BODY_BYTES],
+        "body": b"" if may_forbid_storing(raw) else raw[:MALFORMED_BODY_BYTES],
         "content-type": "application/octet-stream",
         "content-encoding": "binary",
         "headers": headers,
         "properties": {"body_encoding": None},
     }
+
+
+def may_forbid_storing(raw: bytes) -> bool:
+    """Whether a message or body that cannot be read may hold a comment with `store_text: false`.
+
+    What looks like a body in base64 is looked into, also where it begins or ends too soon. Where it cannot be told,
+    as in what is compressed and damaged, it may.
+    """
+    if len(raw) > MAX_SEARCHED_BYTES:
+        return True
+    raw = _unescaped(raw).replace(b"\\/", b"/")
+    if FORBIDS_STORING.search(raw):
+        return True
+    decompressed_some = False
+    for body in _bodies(raw):
+        if body[:2] in ZLIB_BEGINNINGS:
+            try:
+                body = _decompress(body, ZLIB)
+            except MalformedMessage:
+                return True
+            decompressed_some = True
+        if FORBIDS_STORING.search(_unescaped(body)):
+            return True
+    return bool(COMPRESSED.search(raw)) and not decompressed_some
+
+
+def _unescaped(json_text: bytes) -> bytes:
+    return ESCAPED_ASCII.sub(lambda escape: bytes([int(escape[1], 16)]), json_text)
+
+
+def _bodies(raw: bytes) -> Iterator[bytes]:
+    """What stands in base64 in it; a part whose beginning is lost may begin anywhere."""
+    for part in BASE64.findall(raw):
+        for start in range(4):
+            whole = (len(part) - start) // 4 * 4
+            yield binascii.a2b_base64(part[start : start + whole])
+
+
+def write_envelope(headers: Mapping[str, Any], body: bytes, queue: str) -> bytes:
+    """A message as kombu's producers write it."""
+    envelope = {
+        "body": binascii.b2a_base64(body, newline=False).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_mode": 2,
+            "delivery_tag": str(uuid4()),
+        },
+    }
+    return json.dumps(envelope).encode()

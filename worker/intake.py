@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from celery import bootsteps
@@ -35,12 +36,12 @@ from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
 from worker import clock
-from worker.envelope import MALFORMED_HEADER
 from worker.job import Delivery, Item
-from worker.message import Parsed, parse_message, refuse_message
+from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
 from worker.outage import Outage
 from worker.pipeline import Pipeline
 from worker.swap import VersionFollower
+from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ HELD_BYTES_PER_COMMENT = 2048
 GC_NEW_OBJECTS = 20_000
 """Between two looks for garbage in cycles."""
 MAX_DELIVERIES = 5
-"""A message that was delivered so often, and whose worker died each time, is not tried again."""
+"""A comment that was delivered so often, and whose worker died each time, is not tried again."""
 STEADY_S = 60.0
 """A connection that lasted so long was sound: pauses begin anew after it."""
 LONGEST_QUEUE_AGE_S = 366 * 86_400
@@ -181,12 +182,24 @@ class Intake(bootsteps.StartStopStep):
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
         now = clock.now()
-        parsed = _set_aside(message) or parse_message(message.headers, message.body, now=now)
+        parsed, acknowledge = _parse(message, now), message.ack
+        queue, submitted_at = _queue_name(message.delivery_info), _submitted_at(message.headers, now)
+        if message.returns >= SUSPECT_RETURNS and len(parsed.submitted) > 1:
+            # One of them may be what its workers died of. Alone, it is the only one that is counted from now on.
+            logger.warning(
+                "a message came back %d times: its %d comments go on alone", message.returns, len(parsed.submitted)
+            )
+            singles = single_messages(parsed.submitted, message.headers.get("id"), submitted_at.timestamp(), queue)
+            acknowledge = partial(message.channel.qos.replace, message.delivery_tag, singles)
+            parsed = Parsed(refused=parsed.refused)
+            if not parsed.refused:
+                acknowledge()
+                return
         delivery = Delivery(
-            acknowledge=message.ack,
-            queue=_queue_name(message.delivery_info),
+            acknowledge=acknowledge,
+            queue=queue,
             received_at=now,
-            submitted_at=_submitted_at(message.headers, now),
+            submitted_at=submitted_at,
             comments=len(parsed.submitted) + len(parsed.refused),
             text_bytes=len(message.body),
         )
@@ -291,19 +304,23 @@ def pipeline_stats(state: Any) -> dict[str, Any]:
     return state.consumer.intake.stats()
 
 
-def _set_aside(message: Any) -> Parsed | None:
-    """The refusal of a message that is not to be scored, whatever it holds; None of all others."""
-    if message.returns >= MAX_DELIVERIES and MALFORMED_HEADER not in message.headers:
-        detail = (
-            f"delivered {message.returns} times, and each time its worker died, or stood still for longer than its "
-            "lease, before it was decided; none of its comments is tried again"
-        )
-        return refuse_message(message.headers, message.body, Reason.WORKER_DIED, detail)
+def _parse(message: Any, now: datetime) -> Parsed:
+    """What a message holds, and which of it is not to be scored, whatever it is."""
+    deaths = (
+        f"delivered {message.returns} times, and each time its worker died, or stood still for longer than its lease, "
+        "before it was decided; it is not tried again"
+    )
+    if message.returns >= UNREAD_RETURNS:
+        return refuse_unread(message.headers, message.body, Reason.WORKER_DIED, f"{deaths}, nor was it read this time")
+    parsed = parse_message(message.headers, message.body, now=now)
     task_id = message.headers.get("id")
     if worker_state.revoked and isinstance(task_id, str) and task_id in worker_state.revoked:
         detail = "revoked by remote control before a worker took it; it was not scored"
-        return refuse_message(message.headers, message.body, Reason.REVOKED, detail)
-    return None
+        return refuse_all(parsed, Reason.REVOKED, detail)
+    # A list is taken apart before it is given up.
+    if message.returns >= MAX_DELIVERIES and len(parsed.submitted) == 1:
+        return refuse_all(parsed, Reason.WORKER_DIED, deaths)
+    return parsed
 
 
 def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:

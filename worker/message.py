@@ -6,23 +6,31 @@ list is sound, a bad comment does not take its neighbours along.
 
 import hashlib
 import json
-import re
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from config.comment import Comment, explain, is_nested_deeper_than, shown
-from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_ID_CHARS, MODERATE_TASK, Reason
-from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER
+from config.comment import Comment, Name, explain, is_nested_deeper_than, shown
+from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_ID_CHARS, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
+from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER, may_forbid_storing, write_envelope
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
-STORE_TEXT_FALSE = re.compile(rb'"store_text"\s*:\s*false')
+MAX_TASK_ID_CHARS = MAX_ID_CHARS - len(f":{MAX_COMMENTS_PER_MESSAGE}")
+"""So that a submission's id, made of it, may be an idempotency key."""
+MAX_DIGITS = 4_000
+"""Of a number in JSON: Python takes no more than 4,300 to be safe from endless ones."""
+JSON_WHITESPACE = b" \t\r\n"
+NAME_ENDS, QUOTED_NAME_ENDS, ESCAPED_BACKSLASH_ENDS = b'":', rb"\":", rb'\\":'
 MAX_NESTING = 64
 """Levels of lists and objects in a body, more than a comment needs. Deeper ones can be read, but not surely shown."""
+NAME = TypeAdapter(Name)
+NAMED = {"community": "community", "comment_id": "id", "author": "author"}
+"""Columns of a dead letter to the comment's fields that they repeat."""
 
 USUAL_BODY = TypeAdapter(
     tuple[
@@ -53,8 +61,10 @@ class Refused:
     payload: bytes
     payload_bytes: int
     payload_sha256: str
-    comment: Comment | None
-    """Where it was well-formed."""
+    community: str | None = None
+    """Of the comment, as the next two: None where it cannot be read, or does not say."""
+    comment_id: str | None = None
+    author: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,14 @@ class Parsed:
 
     submitted: list[Submitted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+
+
+class _Unsound(Exception):
+    """What stands in the place of a comment is none; says why."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
 
 
 class _Unreadable(Exception):
@@ -81,17 +99,17 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
         now: comments that expired before it are refused.
     """
     if MALFORMED_HEADER in headers:
-        detail = f"not a Celery message: {headers[MALFORMED_HEADER]}"
-        length = headers[MALFORMED_BYTES_HEADER]
-        return Parsed(refused=[_refuse_whole(headers["id"], Reason.UNREADABLE_MESSAGE, detail, body, length)])
+        return refuse_unread(
+            headers, body, Reason.UNREADABLE_MESSAGE, f"not a Celery message: {headers[MALFORMED_HEADER]}"
+        )
     if headers.get("task") == MODERATE_TASK:
         try:
             # Nearly every message: all of it in one pass of compiled code. Whatever is odd about another one, reading
             # it again, step by step, takes it all the same or finds the words.
-            (sound,), _, _ = USUAL_BODY.validator.validate_json(body)
+            (sound,), _, embed = USUAL_BODY.validator.validate_json(body)
         except ValidationError:
-            pass
-        else:
+            sound, embed = [], {}
+        if sound and _names(sound, embed) == _written_names(body):
             return _submit(_message_id(headers.get("id"), body), enumerate(sound), Parsed(), now)
     return _parse_step_by_step(headers, body, now)
 
@@ -103,24 +121,20 @@ def _parse_step_by_step(headers: Mapping[str, Any], body: bytes, now: datetime) 
         message_id = _message_id(task_id, body)
         comments = _comments(task, arguments)
     except _Unreadable as problem:
-        return Parsed(refused=[_refuse_whole(message_id, problem.reason, problem.detail, body, len(body))])
+        return Parsed(refused=[_refuse_whole(message_id, problem.reason, problem.detail, body)])
     if len(comments) > MAX_COMMENTS_PER_MESSAGE:
         detail = (
             f"{len(comments):,} comments in one message, more than the {MAX_COMMENTS_PER_MESSAGE} allowed; "
             "none was scored: send them in several messages"
         )
-        return Parsed(refused=[_refuse_whole(message_id, Reason.TOO_MANY_COMMENTS, detail, body, len(body))])
+        return Parsed(refused=[_refuse_whole(message_id, Reason.TOO_MANY_COMMENTS, detail, body)])
 
     parsed, sound = Parsed(), []
     for index, raw in enumerate(comments):
         try:
-            sound.append((index, Comment.model_validate(raw)))
-        except ValidationError as error:
-            payload = json.dumps(raw).encode()
-            # Anything but a plain true forbids it: a comment this wrong may have meant to.
-            stored = not isinstance(raw, dict) or raw.get("store_text", True) is True
-            refused = _refuse(f"{message_id}:{index}", Reason.INVALID_COMMENT, explain(error), payload, stored)
-            parsed.refused.append(refused)
+            sound.append((index, _sound(raw)))
+        except _Unsound as problem:
+            parsed.refused.append(_refuse_raw(f"{message_id}:{index}", problem.detail, raw))
     return _submit(message_id, sound, parsed, now)
 
 
@@ -136,36 +150,149 @@ def _submit(message_id: str, sound: Iterable[tuple[int, Comment]], parsed: Parse
     return parsed
 
 
-def refuse_message(headers: Mapping[str, Any], body: bytes, reason: Reason, detail: str) -> Parsed:
-    """The whole message set aside unread, for what the worker knows of it."""
-    return Parsed(refused=[_refuse_whole(_message_id(headers.get("id"), body), reason, detail, body, len(body))])
+def refuse_all(parsed: Parsed, reason: Reason, detail: str) -> Parsed:
+    """What was parsed with every sound comment refused as well, each under its submission's id."""
+    refused = [refuse_comment(one.submission_id, one.comment, reason, detail) for one in parsed.submitted]
+    return Parsed(refused=[*parsed.refused, *refused])
+
+
+def refuse_unread(headers: Mapping[str, Any], body: bytes, reason: Reason, detail: str) -> Parsed:
+    """The refusal of a message that came wrapped, as `worker.envelope.malformed_envelope` leaves it."""
+    # The id is the hash of all of it; the body only its beginning, or nothing.
+    sha256 = headers["id"]
+    return Parsed(refused=[Refused(sha256, reason, detail, body, headers[MALFORMED_BYTES_HEADER], sha256)])
 
 
 def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()
-    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, comment)
+    named = {"community": comment.community, "comment_id": comment.id, "author": comment.author}
+    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, **named)
+
+
+def _refuse_raw(dead_letter_id: str, detail: str, raw: object) -> Refused:
+    """A refusal of what stands in the place of a comment."""
+    payload = json.dumps(raw).encode()
+    fields = raw if isinstance(raw, dict) else {}
+    # By these an operator finds it, and whoever wants it erased.
+    named = {column: _name(fields.get(name)) for column, name in NAMED.items()}
+    return _refuse(dead_letter_id, Reason.INVALID_COMMENT, detail, payload, not may_forbid_storing(payload), **named)
+
+
+def _name(value: object) -> str | None:
+    try:
+        return NAME.validate_python(value, strict=True)
+    except ValidationError:
+        return None
 
 
 def _refuse(
-    dead_letter_id: str, reason: Reason, detail: str, payload: bytes, stored: bool, comment: Comment | None = None
+    dead_letter_id: str, reason: Reason, detail: str, payload: bytes, stored: bool, **named: str | None
 ) -> Refused:
     kept = payload[:MAX_PAYLOAD_BYTES] if stored else b""
-    sha256 = hashlib.sha256(payload).hexdigest()
-    return Refused(dead_letter_id, reason, detail, kept, len(payload), sha256, comment)
+    return Refused(dead_letter_id, reason, detail, kept, len(payload), hashlib.sha256(payload).hexdigest(), **named)
 
 
-def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes, length: int) -> Refused:
+def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes) -> Refused:
     # Its comments cannot be told apart, so one that must not be stored forbids it for all.
-    kept = b"" if STORE_TEXT_FALSE.search(body) else body[:MAX_PAYLOAD_BYTES]
-    return Refused(message_id, reason, detail, kept, length, hashlib.sha256(body).hexdigest(), None)
+    return _refuse(message_id, reason, detail, body, not may_forbid_storing(body))
 
 
 def _message_id(task_id: object, body: bytes) -> str:
     """The task's id where it has a usable one, else a hash: the same message has the same one again."""
-    if isinstance(task_id, str) and 0 < len(task_id) <= MAX_ID_CHARS and task_id.isascii() and task_id.isprintable():
+    if (
+        isinstance(task_id, str)
+        and 0 < len(task_id) <= MAX_TASK_ID_CHARS
+        and task_id.isascii()
+        and task_id.isprintable()
+    ):
         return task_id
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def single_messages(submitted: Iterable[Submitted], task_id: object, submitted_at_s: float, queue: str) -> list[bytes]:
+    """One message for each comment, which names its submission, as a producer would have sent it.
+
+    Args:
+        task_id: of the message that they came in, by which an operator may revoke it; as the next two.
+    """
+    headers: dict[str, Any] = {"task": MODERATE_TASK, SUBMITTED_AT_HEADER: submitted_at_s}
+    if isinstance(task_id, str) and len(task_id) <= MAX_ID_CHARS:
+        headers["id"] = task_id
+    messages = []
+    for one in submitted:
+        comment = one.comment.model_copy(update={"idempotency_key": one.submission_id})
+        body = b"[[[%s]], {}, {}]" % comment.model_dump_json(exclude_defaults=True).encode()
+        messages.append(write_envelope(headers, body, queue))
+    return messages
+
+
+def _names(comments: Iterable[Comment], embed: Mapping[str, object]) -> int:
+    """How many names the objects of a usual body have, each once."""
+    count = len(embed)
+    for comment in comments:
+        count += len(comment.__pydantic_fields_set__)
+        if comment.context:
+            count += _names_within(comment.context)
+    return count
+
+
+def _names_within(value: object) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_names_within, value.values()))
+    return sum(map(_names_within, value)) if isinstance(value, list) else 0
+
+
+def _written_names(body: bytes) -> int:
+    """How many names are written in a JSON body, the repeated ones too; -1 where counting cannot tell.
+
+    A name is what ends in a quote before a colon. Within a text such a quote has a backslash before it; but so has that
+    of a name that ends in an escaped backslash.
+    """
+    dense = body.translate(None, JSON_WHITESPACE)
+    return -1 if ESCAPED_BACKSLASH_ENDS in dense else dense.count(NAME_ENDS) - dense.count(QUOTED_NAME_ENDS)
+
+
+class _Repetitive(dict[str, Any]):
+    """An object in which a name stands twice, which JSON leaves open; it is written again as it was read."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self._pairs = pairs
+
+    def items(self) -> Any:
+        return self._pairs
+
+    def values(self) -> Any:
+        return [value for _, value in self._pairs]
+
+    @property
+    def repeated(self) -> str:
+        names = [name for name, _ in self._pairs]
+        return next(name for name in names if names.count(name) > 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    return read if len(read) == len(pairs) else _Repetitive(pairs)
+
+
+def _is_repetitive(value: object) -> bool:
+    """Whether a name stands twice in one of the objects of a JSON value."""
+    if isinstance(value, dict):
+        return isinstance(value, _Repetitive) or any(map(_is_repetitive, value.values()))
+    return isinstance(value, list) and any(map(_is_repetitive, value))
+
+
+def _sound(raw: object) -> Comment:
+    if isinstance(raw, _Repetitive):
+        raise _Unsound(f"{shown(raw.repeated)} stands twice; which of them counts is left open")
+    if _is_repetitive(raw):
+        raise _Unsound("a name stands twice in an object within it; which of them counts is left open")
+    try:
+        return Comment.model_validate(raw)
+    except ValidationError as error:
+        raise _Unsound(explain(error)) from None
 
 
 def _decode(body: bytes) -> object:
@@ -173,7 +300,7 @@ def _decode(body: bytes) -> object:
         Reason.UNREADABLE_MESSAGE, f"the body is nested too deeply; {MAX_NESTING} levels are allowed in all"
     )
     try:
-        decoded = json.loads(body, parse_constant=_refuse_constant)
+        decoded = json.loads(body, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
         raise too_deep from None
     except ValueError as error:
@@ -185,8 +312,9 @@ def _decode(body: bytes) -> object:
     return decoded
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def _integer(digits: str) -> int | float:
+    # An endless one is wrong in any field, and spoils only its own comment.
+    return int(digits) if len(digits) <= MAX_DIGITS else math.inf
 
 
 def _task(headers: Mapping[str, Any], decoded: object) -> tuple[object, object, object]:
@@ -197,6 +325,8 @@ def _task(headers: Mapping[str, Any], decoded: object) -> tuple[object, object, 
     if "task" in headers:
         arguments = decoded[0] if isinstance(decoded, list) and decoded else None
         return headers["task"], headers.get("id"), arguments
+    if isinstance(decoded, _Repetitive):
+        raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"{shown(decoded.repeated)} stands twice in the body")
     if isinstance(decoded, dict) and "task" in decoded:
         return decoded["task"], decoded.get("id"), decoded.get("args")
     raise _Unreadable(Reason.UNREADABLE_MESSAGE, "no task is named in the headers or the body")

@@ -423,7 +423,6 @@ def _conflict(item: Item) -> DeadLetterRow:
 
 
 def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
-    comment = refused.comment
     return DeadLetterRow(
         dead_letter_id=refused.dead_letter_id,
         queue=delivery.queue,
@@ -432,9 +431,9 @@ def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
         payload=refused.payload,
         payload_bytes=refused.payload_bytes,
         payload_sha256=refused.payload_sha256,
-        community=None if comment is None else comment.community,
-        comment_id=None if comment is None else comment.id,
-        author=None if comment is None else comment.author,
+        community=refused.community,
+        comment_id=refused.comment_id,
+        author=refused.author,
         received_at=delivery.received_at,
     )
 

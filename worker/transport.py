@@ -52,6 +52,8 @@ TAGS_PER_SCRIPT = 1_000
 LONGEST_WAIT_S = 5.0
 """A FETCH in between shows whether the connection still lives: none of it would be heard on a dead one."""
 SUSPECT_RETURNS = 2
+UNREAD_RETURNS = 10
+"""A message that came back so often is not even read any more: reading it may be what ends its workers."""
 RETURNS_KEPT_S = 86_400
 """How long returns are counted after the last one, for messages that others have taken over and acknowledged."""
 LOWER_QUEUE_SHARE = 16
@@ -140,6 +142,24 @@ return #tags
 """
 )
 
+REPLACE = r"""
+-- ARGV: the tag, how often each is taken to have come back, seconds for which that is counted, then the messages
+local held = redis.call('HGET', KEYS[1], ARGV[1])
+if not held then return end  -- its lease ran out: whoever has it now replaces it
+local list_end = string.find(held, '\n', 1, true)
+local list, original = string.sub(held, 1, list_end - 1), string.sub(held, list_end + 1)
+redis.call('LLEN', list)  -- a key of the wrong type must fail here, not after the message is gone
+redis.call('HLEN', KEYS[3])
+redis.call('ZREM', KEYS[2], ARGV[1])  -- first, for maxmemory's sake
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('HDEL', KEYS[3], redis.sha1hex(original))
+for i = #ARGV, 4, -1 do  -- the first of them last, so that it is taken first
+  redis.call('RPUSH', list, ARGV[i])
+  redis.call('HSET', KEYS[3], redis.sha1hex(ARGV[i]), ARGV[2])
+end
+redis.call('EXPIRE', KEYS[3], ARGV[3])
+"""
+
 RENEW_LEASES = r"""
 -- ARGV: the tags
 redis.call('ZREM', KEYS[2], '')  -- removes nothing; see FETCH on maxmemory
@@ -185,6 +205,8 @@ class Message(virtual.Message):
             super().__init__(payload, channel, **kwargs)
             return
         try:
+            if payload.returns >= UNREAD_RETURNS:
+                raise MalformedMessage("it came back too often to be read once more")
             envelope = read_envelope(payload.raw)
         except MalformedMessage as reason:
             envelope = malformed_envelope(payload.raw, str(reason))
@@ -259,6 +281,23 @@ class QoS(virtual.QoS):
         elif self._delivered.pop(delivery_tag, None) is not None:
             self._digests.pop(delivery_tag, None)
             self.give_back([delivery_tag], "LPUSH")
+
+    def replace(self, delivery_tag: str, messages: Sequence[bytes]) -> None:
+        """Put others in the place of a message: Redis has the one or the others, at any instant.
+
+        They go to the end of its list that is taken next, as suspect as it was: each is taken alone.
+
+        Raises:
+            one of the transport's connection_errors.
+        """
+        # As in `ack`. Not held any more, its lease is not renewed: where Redis refuses, it comes again.
+        if self._delivered.pop(delivery_tag, None) is None:
+            return
+        self._digests.pop(delivery_tag, None)
+        try:
+            self._run(REPLACE, delivery_tag, SUSPECT_RETURNS, RETURNS_KEPT_S, *messages)
+        except ResponseError as error:
+            logger.error("Redis refused to replace a message by %d others: %s; it repeats", len(messages), error)
 
     def flush_acks(self) -> None:
         """Write the buffered acknowledgements. After a connection error they stay buffered."""

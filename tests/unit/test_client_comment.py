@@ -55,7 +55,7 @@ class TestRefused:
             (7, "a comment is a string or a mapping, not int"),
             ({}, "'text' is required"),
             ({"text": 7}, "'text' Input should be a valid string"),
-            ("  \n", "'text' is empty; a comment needs text to be scored"),
+            ("  \n", "'text' is empty, or holds nothing that can be seen; a comment needs text to be scored"),
             ("é" * 10_241, "'text' has 20,482 bytes of UTF-8, more than the 20,480 allowed; shorten it"),
             ("a\0b", "'text' holds a NUL character, which databases cannot store; remove it"),
             ("a\ud800b", "'text' holds a lone surrogate, which is no Unicode text; remove it"),
@@ -74,7 +74,10 @@ class TestRefused:
                 {"text": "a", "context": {"a": "\0"}},
                 "'context' holds a NUL character, which databases cannot store; remove it",
             ),
-            ({"text": "a", "v": 2}, "'v' Input should be 1"),
+            (
+                {"text": "a", "v": 2, "later": 1},
+                "'v' names a version of the contract that is not known here: this release knows 1; upgrade the workers",
+            ),
         ],
     )
     def test_what_breaks_a_bound(self, comment: Any, said: str) -> None:

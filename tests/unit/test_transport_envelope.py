@@ -1,6 +1,7 @@
 """What may reach a consumer, and what is said of the rest."""
 
 import base64
+import bz2
 import json
 import zlib
 from typing import Any
@@ -14,8 +15,10 @@ from worker.envelope import (
     MALFORMED_BYTES_HEADER,
     MALFORMED_HEADER,
     MAX_MESSAGE_BYTES,
+    MAX_SEARCHED_BYTES,
     MalformedMessage,
     malformed_envelope,
+    may_forbid_storing,
     read_envelope,
 )
 
@@ -120,3 +123,53 @@ def test_wrapped_message_says_why_and_keeps_the_beginning() -> None:
     assert wrapped["headers"][MALFORMED_BYTES_HEADER] == len(raw)
     assert wrapped["headers"]["id"] == malformed_envelope(raw, "")["headers"]["id"]
     assert wrapped["body"] == raw[:MALFORMED_BODY_BYTES]
+
+
+SECRET_BODY = b'[[[{"text": "hello, hello, hello", "store_text": false}]], {}, {}]'
+
+
+def enveloped(body: bytes, **changes: Any) -> bytes:
+    return changed(body=base64.b64encode(body).decode(), **changes)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(SECRET_BODY, id="a body"),
+        pytest.param(json.dumps(SECRET_BODY.decode()).encode(), id="a body in a string"),
+        pytest.param(SECRET_BODY.replace(b"store_text", rb"st\u006fre_text"), id="in disguise"),
+        pytest.param(SECRET_BODY.replace(b"false", b"0"), id="0"),
+        pytest.param(SECRET_BODY[:-16], id="the value cut off"),
+        pytest.param(enveloped(SECRET_BODY), id="base64"),
+        pytest.param(enveloped(SECRET_BODY).replace(b"/", rb"\/"), id="base64 with escaped slashes"),
+        *(pytest.param(enveloped(SECRET_BODY)[start:-150], id=f"base64 from {start}") for start in range(10, 18)),
+        pytest.param(enveloped(zlib.compress(SECRET_BODY)), id="zlib"),
+        pytest.param(enveloped(zlib.compress(SECRET_BODY)[:-9]), id="zlib cut off"),
+        pytest.param(enveloped(zlib.compress(bytes(MAX_MESSAGE_BYTES + 1))), id="a decompression bomb"),
+        pytest.param(enveloped(bz2.compress(BODY), headers={"compression": "application/x-bz2"}), id="bz2"),
+        pytest.param(b"x" * (MAX_SEARCHED_BYTES + 1), id="too long to search"),
+    ],
+)
+def test_what_may_not_be_stored_leaves_no_bytes(raw: bytes) -> None:
+    assert may_forbid_storing(raw)
+    wrapped = malformed_envelope(raw, "")
+    assert (wrapped["body"], wrapped["headers"][MALFORMED_BYTES_HEADER]) == (b"", len(raw))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(changed(), id="says nothing of it"),
+        pytest.param(enveloped(SECRET_BODY.replace(b"false", b"true")), id="true"),
+        pytest.param(json.dumps(SECRET_BODY.replace(b"false", b"true").decode()).encode(), id="true in a string"),
+        pytest.param(compressed(zlib.compress(BODY)), id="zlib"),
+        pytest.param(bytes(range(256)) * 4_096, id="binary"),
+    ],
+)
+def test_what_may_be_stored_is_kept(raw: bytes) -> None:
+    assert not may_forbid_storing(raw)
+
+
+@given(st.binary(max_size=60), st.integers(0, 20), st.sampled_from(["", "=", "==", "=" * 9]))
+def test_any_bytes_are_looked_through(raw: bytes, start: int, end: str) -> None:
+    may_forbid_storing((base64.b64encode(raw).decode()[start:] + end).encode())

@@ -1,5 +1,6 @@
 """What the intake believes of what a producer wrote beside its comments."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ from celery.worker import state as worker_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.names import MODERATE_QUEUE, SUBMITTED_AT_HEADER, Reason
-from worker.intake import MAX_DELIVERIES, _queue_name, _set_aside, _submitted_at
+from config.names import MODERATE_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
+from worker.envelope import malformed_envelope
+from worker.intake import MAX_DELIVERIES, _parse, _queue_name, _submitted_at
+from worker.transport import UNREAD_RETURNS
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -43,27 +46,50 @@ def test_any_other_time_of_submission_is_now(seconds: object) -> None:
     assert _submitted_at({}, NOW) == NOW
 
 
-def message(returns: int = 0, **headers: object) -> Any:
-    body = b'[[[{"text": "secret", "store_text": false}]], {}, {}]'
-    return SimpleNamespace(headers={"id": "m1", **headers}, body=body, returns=returns)
+SOUND, SECRET, BAD = {"text": "hello", "author": "ann"}, {"text": "hidden", "store_text": False}, {"text": ""}
 
 
-def test_a_message_that_its_workers_died_of_is_not_tried_again() -> None:
-    assert _set_aside(message(returns=MAX_DELIVERIES - 1)) is None
-    parsed = _set_aside(message(returns=MAX_DELIVERIES))
-    assert parsed is not None
-    [refused] = parsed.refused
-    assert (refused.dead_letter_id, refused.reason, refused.payload) == ("m1", Reason.WORKER_DIED, b"")
+def message(*comments: object, returns: int = 0, **headers: object) -> Any:
+    headers = {"task": MODERATE_TASK, "id": "m1", **headers}
+    body = json.dumps([[list(comments)], {}, {}]).encode()
+    return SimpleNamespace(headers=headers, body=body, returns=returns)
+
+
+def test_a_comment_that_its_workers_died_of_is_not_tried_again() -> None:
+    assert len(_parse(message(SOUND, returns=MAX_DELIVERIES - 1), NOW).submitted) == 1
+    parsed = _parse(message(SECRET, returns=MAX_DELIVERIES), NOW)
+    assert not parsed.submitted
+    assert [(one.dead_letter_id, one.reason, one.payload) for one in parsed.refused] == [
+        ("m1:0", Reason.WORKER_DIED, b"")
+    ]
+    # But of several it is not known which: they are taken apart first, however often they came
+    assert len(_parse(message(SOUND, SECRET, returns=MAX_DELIVERIES), NOW).submitted) == 2
+
+
+def test_a_message_that_may_kill_who_reads_it_is_not_read() -> None:
+    # Given a message that came back so often that the transport left it unread
+    wrapped = malformed_envelope(b"raw", "")
+    unread = SimpleNamespace(headers=wrapped["headers"], body=wrapped["body"], returns=UNREAD_RETURNS)
+    [refused] = _parse(unread, NOW).refused
+    assert (refused.reason, refused.payload, refused.payload_bytes) == (Reason.WORKER_DIED, b"raw", 3)
+    assert refused.dead_letter_id == refused.payload_sha256
+    assert "10 times" in refused.detail
 
 
 @pytest.mark.parametrize("other", ["m2", None, 7, ["m1"], {"m1": 1}])
 def test_only_the_message_that_is_named_is_revoked(other: object) -> None:
+    comments = SOUND, BAD, SECRET
     worker_state.revoked.add("m1")
     try:
-        parsed = _set_aside(message())
-        assert parsed is not None
-        assert [(r.dead_letter_id, r.reason, r.payload) for r in parsed.refused] == [("m1", Reason.REVOKED, b"")]
-        assert _set_aside(message(id=other)) is None
+        # Then each of its comments is refused by itself, a bad one for what is wrong with it
+        parsed = _parse(message(*comments), NOW)
+        assert not parsed.submitted
+        assert {one.dead_letter_id: (one.reason, one.author) for one in parsed.refused} == {
+            "m1:0": (Reason.REVOKED, "ann"),
+            "m1:1": (Reason.INVALID_COMMENT, None),
+            "m1:2": (Reason.REVOKED, None),
+        }
+        assert len(_parse(message(*comments, id=other), NOW).submitted) == 2
     finally:
         worker_state.revoked.discard("m1")
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -113,7 +114,11 @@ def test_a_message_without_a_usable_id_is_known_by_its_hash(task_id: object) -> 
         pytest.param({"text": "a", "id": "i" * 200}, id="longest id"),
         pytest.param({"text": "a", "context": {"a": "x" * (4_096 - len('{"a": ""}'))}}, id="largest context"),
         pytest.param({"text": "a", "context": {"a": nested(MAX_CONTEXT_NESTING - 1)}}, id="deepest context"),
-        pytest.param({"text": "\u202e"}, id="invisible but not blank"),
+        pytest.param({"text": "\u202eyas ot ro\u200bder\u202c"}, id="backwards and cut by nothing"),
+        pytest.param({"text": "\u202e."}, id="one character that can be seen"),
+        pytest.param({"text": "\U0001fae8"}, id="one newer than Python's Unicode"),
+        pytest.param({"text": "Z" + "\u0301" * 5_000}, id="5,000 accents on one letter"),
+        pytest.param({"text": "".join(chr(plane << 16 | 0xABC) for plane in range(17))}, id="every plane"),
         pytest.param({"text": "a", "community": 5, "author": 0}, id="numbers for names"),
         pytest.param({"text": "a", "expires_at": "2026-11-22T12:00:00.000001Z"}, id="expires right after"),
     ],
@@ -135,6 +140,7 @@ BAD_COMMENTS: dict[str, tuple[object, str]] = {
     "empty text": ({"text": ""}, "'text' is empty"),
     "blank text": ({"text": " \n\t\u3000"}, "'text' is empty"),
     "one byte over": ({"text": "é" * (MAX_TEXT_BYTES // 2) + "e"}, "20,481 bytes of UTF-8, more than the 20,480"),
+    "unseen text": ({"text": "\u200b\ufeff\u202e\u2060\x07\u2028\U000e0041"}, "'text' is empty, or holds nothing that"),
     "text of another type": ({"text": 5}, "'text' Input should be a valid string"),
     "null text": ({"text": None}, "'text' Input should be a valid string"),
     "NUL": ({"text": "a\x00b"}, "'text' holds a NUL"),
@@ -146,7 +152,7 @@ BAD_COMMENTS: dict[str, tuple[object, str]] = {
     "list for a comment": ([{"text": "a"}], "a comment is an object"),
     "null for a comment": (None, "a comment is an object"),
     "unknown field": ({"text": "a", "colour": 1}, "'colour' is not a field of a comment; allowed: text, id"),
-    "other contract": ({"text": "a", "v": 2}, "'v' Input should be 1"),
+    "other contract": ({"text": "a", "v": 2, "later": 1}, "this release knows 1"),
     "empty id": ({"text": "a", "id": ""}, "'id'"),
     "long id": ({"text": "a", "id": "i" * 201}, "'id' String should have at most 200 characters"),
     "endless number for an id": ({"text": "a", "id": 10**3_000}, "'id' String should have at most 200"),
@@ -161,14 +167,40 @@ BAD_COMMENTS: dict[str, tuple[object, str]] = {
     "list for a context": ({"text": "a", "context": [1]}, "'context' Input should be a valid dictionary"),
     "large context": ({"text": "a", "context": {"a": "é" * 2_048}}, "4,105 bytes as JSON, more than the 4,096"),
     "deep context": ({"text": "a", "context": {"a": nested(32)}}, "'context' is nested more than 32 levels deep"),
-    "infinite context": ({"text": "a", "context": {"a": "INFINITE"}}, "'context'"),
+}
+BAD_COMMENTS_IN_JSON: dict[str, tuple[str, str]] = {
+    "infinite context": ('{"text": "a", "context": {"a": 1e999}}', "'context' cannot be written as JSON"),
+    "infinite": ('{"text": "a", "context": {"a": -Infinity}}', "'context' cannot be written as JSON"),
+    "NaN in the context": ('{"text": "a", "context": {"a": [NaN]}}', "'context' cannot be written as JSON"),
+    "NaN for a text": ('{"text": NaN}', "'text' Input should be a valid string"),
+    "NaN for a comment": ("NaN", "a comment is an object"),
+    "NaN for a time": ('{"text": "a", "created_at": NaN}', "'created_at'"),
+    "endless number for a text": ('{"text": %s}' % ("1" * 10_000), "'text' Input should be a valid string"),
+    "endless number in the context": (
+        '{"text": "a", "context": {"a": -%s}}' % ("1" * 10_000),
+        "'context' cannot be written as JSON",
+    ),
+    "text twice": ('{"text": "a", "text": "a"}', "'text' stands twice"),
+    "text twice, once in disguise": (r'{"text": "a", "\u0074ext": "b"}', "'text' stands twice"),
+    "name twice and apart": ('{"id": 1, "text": "\\": ", "id"  : 2}', "'id' stands twice"),
+    "name twice beside one that ends in a backslash": (
+        r'{"text": "a", "text": "b", "context": {"a\\\\": 1}}',
+        "'text'",
+    ),
+    "twice in the context": ('{"text": "a", "context": {"a": [{"b": 1, "b": 1}]}}', "a name stands twice"),
 }
 
 
-@pytest.mark.parametrize(("comment", "said"), BAD_COMMENTS.values(), ids=BAD_COMMENTS.keys())
-def test_a_bad_comment_is_refused_and_its_neighbours_are_not(comment: object, said: str) -> None:
+@pytest.mark.parametrize(
+    ("comment", "said"),
+    [
+        *(pytest.param(json.dumps(comment), said, id=what) for what, (comment, said) in BAD_COMMENTS.items()),
+        *(pytest.param(comment, said, id=what) for what, (comment, said) in BAD_COMMENTS_IN_JSON.items()),
+    ],
+)
+def test_a_bad_comment_is_refused_and_its_neighbours_are_not(comment: str, said: str) -> None:
     # Given a bad comment between two good ones
-    body = json.dumps([[[{"text": "first"}, comment, {"text": "last"}]], {}, {}]).replace('"INFINITE"', "1e999")
+    body = f'[[[{{"text": "first"}}, {comment}, {{"text": "last"}}]], {{}}, {{}}]'
     # When the message is read
     parsed = parse_body(body.encode())
     # Then the good ones keep their places
@@ -177,9 +209,23 @@ def test_a_bad_comment_is_refused_and_its_neighbours_are_not(comment: object, sa
     (refused,) = parsed.refused
     assert (refused.dead_letter_id, refused.reason) == ("m:1", Reason.INVALID_COMMENT)
     assert said in refused.detail
-    # And gets back what it sent, as far as it is kept
+    # And what it sent is kept, as far as it is long, and is as wrong as it was
     assert 0 < len(refused.payload) <= MAX_PAYLOAD_BYTES
     assert refused.payload_bytes >= len(refused.payload)
+    if refused.payload_bytes == len(refused.payload):
+        assert only_refusal(parse_body(b"[[[%s]], {}, {}]" % refused.payload)).reason is Reason.INVALID_COMMENT
+
+
+def test_a_text_may_look_like_a_repeated_name() -> None:
+    text = '{"text": "a", "text" : "b"}'
+    (submitted,) = parse({"text": text, "context": {"text": text}}).submitted
+    assert submitted.comment.text == text
+
+
+def test_a_bad_comment_is_found_by_its_author() -> None:
+    refused = only_refusal(parse({"text": "", "id": 7, "author": "ann", "community": [1], "store_text": False}))
+    assert (refused.author, refused.comment_id, refused.community) == ("ann", "7", None)
+    assert refused.payload == b""
 
 
 def test_a_truth_must_be_one() -> None:
@@ -209,6 +255,12 @@ def test_what_must_not_be_stored_is_not_kept(trouble: dict[str, object], store_t
     assert refused.payload_bytes > len(MARKER)
 
 
+@pytest.mark.parametrize("wrapped", [json.dumps, lambda comment: [comment], lambda comment: {"text": comment}])
+def test_what_must_not_be_stored_is_not_kept_where_it_stands_too_deep(wrapped: Callable[[Any], object]) -> None:
+    assert only_refusal(parse(wrapped({"text": MARKER}))).payload
+    assert not only_refusal(parse(wrapped({"text": MARKER, "store_text": False}))).payload
+
+
 def test_one_comment_not_to_be_stored_keeps_too_long_a_message_out() -> None:
     comments = [{"text": "a"}] * MAX_COMMENTS_PER_MESSAGE
     assert only_refusal(parse(*comments, {"text": "b"})).payload
@@ -226,8 +278,6 @@ BAD_BODIES: dict[str, tuple[bytes, Reason, str]] = {
     "nothing": (b"", Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8 at character 0"),
     "not JSON": (b'[[[{"text": hello}]]]', Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8 at character 12"),
     "not UTF-8": (b'[[[{"text": "\xff"}]], {}, {}]', Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8"),
-    "NaN": (b'[[[{"text": "a", "context": {"a": NaN}}]], {}, {}]', Reason.UNREADABLE_MESSAGE, "not JSON"),
-    "endless number": (b"[[[" + b"1" * 10_000 + b"]], {}, {}]", Reason.UNREADABLE_MESSAGE, "not JSON"),
     "nested": (in_protocol_2([[nested(MAX_NESTING - 2)]]), Reason.UNREADABLE_MESSAGE, "64 levels are allowed"),
     "nested too deep to read": (b"[" * 100_000 + b"]" * 100_000, Reason.UNREADABLE_MESSAGE, "nested too deeply"),
     "not a list": (in_protocol_2([{"text": "a"}]), Reason.NOT_A_LIST, 'args=[[{"text": …}, …]]'),
