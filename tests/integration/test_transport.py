@@ -1,5 +1,6 @@
 """The transport on a real Redis: what it takes, what it keeps, and what comes back."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -21,8 +22,8 @@ from api_client.embedded import EmbeddedRedis
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK
 from tests.services import wait_until
 from worker import transport
-from worker.envelope import MALFORMED_HEADER
-from worker.transport import RETURNS_KEPT_S, SUSPECT_RETURNS, TAGS_PER_SCRIPT, transport_options
+from worker.envelope import MALFORMED_HEADER, write_envelope
+from worker.transport import RETURNS_KEPT_S, SUSPECT_RETURNS, TAGS_PER_SCRIPT, UNREAD_RETURNS, transport_options
 
 UNACKED = transport_options(1)["unacked_key"]
 UNACKED_INDEX = transport_options(1)["unacked_index_key"]
@@ -528,6 +529,56 @@ def test_suspect_is_taken_alone(producer: celery.Celery, consume: Callable[..., 
     consumer.messages[1].ack()
     assert ids(consumer.receive(3)[2:]) == sent[:1]
     assert not redis.exists(RETURNS)
+
+
+@pytest.mark.parametrize("maxmemory", ["0", "1"])
+@pytest.mark.parametrize("prefix", ["", "team:"])
+def test_suspect_is_replaced_by_its_parts(
+    redis_url: str, consume: Callable[..., HubConsumer], redis: Redis, prefix: str, maxmemory: str
+) -> None:
+    # Given a message with a priority whose workers died twice, before another one
+    options = {"global_keyprefix": prefix}
+    with celery.Celery(broker=redis_url, broker_transport_options=options, set_as_current=False) as producer:
+        send(producer, "suspect", priority=6)
+        dead, consumer = consume(**options), consume(**options)
+        for death in range(1, SUSPECT_RETURNS + 1):
+            dead.receive(death)
+            redis.zadd(f"{prefix}{UNACKED_INDEX}", dict.fromkeys(redis.zrange(f"{prefix}{UNACKED_INDEX}", 0, -1), 0))
+            consumer.channel.qos.restore_visible()
+        [later] = send(producer, "later", priority=6)
+    [suspect] = consumer.receive(1)
+    parts = [write_envelope({"task": MODERATE_TASK, "id": part}, b"[]", MODERATE_QUEUE) for part in ("1", "2")]
+    # When it is replaced, even in a Redis that is full, and once more, as if its lease had run out meanwhile
+    tag = suspect.delivery_tag
+    with setting(redis, "maxmemory", maxmemory):
+        consumer.channel.qos.replace(tag, parts)
+        consumer.channel.qos._delivered[tag] = suspect
+        consumer.channel.qos.replace(tag, parts)
+    # Then its parts are in its list once, where it was, and nothing is left of it
+    waiting = redis.lrange(f"{prefix}{MODERATE_QUEUE}\x06\x166", 0, -1)
+    assert [json.loads(raw)["headers"]["id"] for raw in waiting[::-1]] == ["1", "2", later]
+    assert not redis.exists(f"{prefix}{UNACKED}", f"{prefix}{UNACKED_INDEX}")
+    # And each is taken alone
+    for place, taken in ((1, ["1"]), (2, ["2"]), (3, [later])):
+        consumer.receive(place + 1)
+        for _ in range(3):
+            consumer.tick()
+        assert ids(consumer.messages[place:]) == taken
+        assert consumer.messages[place].returns == (SUSPECT_RETURNS if place < 3 else 0)
+        consumer.messages[place].ack()
+    consumer.tick()
+    assert not redis.exists(f"{prefix}{RETURNS}")
+
+
+def test_message_that_may_kill_who_reads_it_is_not_read(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    send(producer, "a")
+    [raw] = redis.lrange(MODERATE_QUEUE, 0, -1)
+    redis.hset(RETURNS, hashlib.sha1(raw).hexdigest(), str(UNREAD_RETURNS))
+    [message] = consume().receive(1)
+    assert (message.body, message.returns) == (raw, UNREAD_RETURNS)
+    assert "too often" in message.headers[MALFORMED_HEADER]
 
 
 def test_preferred_queue_goes_first_and_each_lower_one_has_its_share(
