@@ -143,7 +143,12 @@ def change_value(rng: random.Random, value: Any) -> Any:
         return rng.choice((*ODD_VALUES, [value], {"text": value}, _nested(value, rng.choice((3, 70, 900)))))
     if isinstance(value, list):
         place = rng.randrange(len(value))
-        changes = ([change_value(rng, value[place])], [], [value[place], value[place]], [change_value(rng, None)])
+        changes: tuple[list[Any], ...] = (
+            [change_value(rng, value[place])],
+            [],
+            [value[place], value[place]],
+            [change_value(rng, None)],
+        )
         return [*value[:place], *rng.choices(changes, (8, 1, 1, 1))[0], *value[place + 1 :]]
     name = rng.choice(list(value))
     others = {other: value[other] for other in value if other != name}

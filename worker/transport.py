@@ -297,6 +297,7 @@ class QoS(virtual.QoS):
         try:
             self._run(REPLACE, delivery_tag, SUSPECT_RETURNS, RETURNS_KEPT_S, *messages)
         except ResponseError as error:
+            raise_if_read_only(error)
             logger.error("Redis refused to replace a message by %d others: %s; it repeats", len(messages), error)
 
     def flush_acks(self) -> None:

@@ -461,10 +461,10 @@ def test_more_expired_messages_than_one_script_returns_come_back(
     assert sorted(redis.lrange(MODERATE_QUEUE, 0, -1)) == sorted(messages)
 
 
-def let_leases_end(redis: Redis, sweeper: HubConsumer) -> None:
+def let_leases_end(redis: Redis, sweeper: HubConsumer, prefix: str = "") -> None:
     """As if whoever holds messages had died a while ago."""
-    for tag in cast(list[bytes], redis.zrange(UNACKED_INDEX, 0, -1)):
-        redis.zadd(UNACKED_INDEX, {tag: 1})
+    for tag in cast(list[bytes], redis.zrange(prefix + UNACKED_INDEX, 0, -1)):
+        redis.zadd(prefix + UNACKED_INDEX, {tag: 1})
     sweeper.channel.qos.restore_visible()
 
 
@@ -543,8 +543,7 @@ def test_suspect_is_replaced_by_its_parts(
         dead, consumer = consume(**options), consume(**options)
         for death in range(1, SUSPECT_RETURNS + 1):
             dead.receive(death)
-            redis.zadd(f"{prefix}{UNACKED_INDEX}", dict.fromkeys(redis.zrange(f"{prefix}{UNACKED_INDEX}", 0, -1), 0))
-            consumer.channel.qos.restore_visible()
+            let_leases_end(redis, consumer, prefix)
         [later] = send(producer, "later", priority=6)
     [suspect] = consumer.receive(1)
     parts = [write_envelope({"task": MODERATE_TASK, "id": part}, b"[]", MODERATE_QUEUE) for part in ("1", "2")]
@@ -574,7 +573,7 @@ def test_message_that_may_kill_who_reads_it_is_not_read(
     producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
 ) -> None:
     send(producer, "a")
-    [raw] = redis.lrange(MODERATE_QUEUE, 0, -1)
+    [raw] = cast(list[bytes], redis.lrange(MODERATE_QUEUE, 0, -1))
     redis.hset(RETURNS, hashlib.sha1(raw).hexdigest(), str(UNREAD_RETURNS))
     [message] = consume().receive(1)
     assert (message.body, message.returns) == (raw, UNREAD_RETURNS)
