@@ -54,6 +54,9 @@ MAX_CONTEXT_BYTES = 4_096
 SWEEP_LOCK = 6_877_836_933
 """PostgreSQL's advisory lock of the one worker that sweeps; any number that nobody else uses."""
 
+ACTIVATION_LOCK = 6_877_836_934
+"""The same, of the one transaction that changes which version is active or on trial."""
+
 DEFAULT_COMMUNITY = "default"
 STARTER_VERSION = "starter-1"
 """The trained version that ships in `model/starter`."""

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
-from config.names import LABELS
+from config.names import ACTIVATION_LOCK, LABELS
 from db.rows import chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
 from db.tables import (
@@ -44,6 +44,7 @@ from db.tables import (
     Review,
     Submission,
     TrainingRun,
+    Trial,
     VersionLoad,
 )
 
@@ -529,13 +530,45 @@ class ActivationRow:
 def activate(connection: Connection, *, version: str, by: str, reason: str, now: datetime) -> int:
     """Make a registered version the active one; the activation's id is returned.
 
+    A live trial beside another version ends by it: what it compared with decides no longer.
+
     Raises:
         NoSuchVersion: no version is registered under this name.
     """
+    hold_activations(connection)
     if connection.scalar(select(ModelVersion.version).where(ModelVersion.version == version)) is None:
         raise NoSuchVersion(f"no model version {version!r} is registered")
+    end_live_trial(
+        connection,
+        Trial.baseline != version,
+        outcome="stopped",
+        by=by,
+        verdict=f"version {version} was activated by {by}: {reason}",
+        now=now,
+    )
     row = {"version": version, "activated_at": now, "activated_by": by, "reason": reason}
     return insert_one(connection, Activation, row)
+
+
+def hold_activations(connection: Connection) -> None:
+    """Until this transaction ends, nobody else activates a version or starts a trial."""
+    if connection.dialect.name == "postgresql":  # on SQLite a writer is alone
+        connection.execute(select(func.pg_advisory_xact_lock(ACTIVATION_LOCK)))
+
+
+def end_live_trial(
+    connection: Connection,
+    which: ColumnElement[bool],
+    *,
+    outcome: Literal["promoted", "stopped", "rolled_back"],
+    by: str,
+    verdict: str,
+    now: datetime,
+) -> bool:
+    """End the live trial if it is `which`; whether it was."""
+    end = update(Trial).where(Trial.outcome.is_(None), which)
+    ended = connection.execute(end.values(outcome=outcome, ended_at=now, ended_by=by, verdict=verdict))
+    return ended.rowcount == 1
 
 
 def active(connection: Connection) -> ActivationRow | None:

@@ -267,7 +267,7 @@ class Trial(Base):
     """`canary` and `ab`: it decides its share of the submissions; `shadow`: its scores are recorded, never acted on."""
     version: Mapped[str] = mapped_column(ForeignKey("model_versions.version"))
     baseline: Mapped[str] = mapped_column(String(VERSION_CHARS))
-    """The version that was active when it began; another activation ends the trial."""
+    """The version that was active when it began; the activation of another ends the trial."""
     share: Mapped[float]
     """Of the submissions, from 0 to 1; which ones is a matter of their ids alone."""
     bounds: Mapped[dict[str, Any]]

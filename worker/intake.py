@@ -160,7 +160,7 @@ class Intake(bootsteps.StartStopStep):
             scorer, policy, database, reuse_texts=self._settings.reuse_texts, on_settled=self._leave_word
         )
         pipeline.start()
-        self._follower.follow(pipeline.exchange)
+        self._follower.follow(pipeline.exchange, pipeline.try_out)
         # Comments on their way are many small objects without cycles. Python would look through all of them, and all
         # of the libraries', several times a second to find nothing: a third of the worker's own time.
         gc.collect()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from model.engine import Scorer
 from worker import clock
 from worker.message import Submitted
+from worker.trial import LiveTrial
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +51,12 @@ class Job:
     A long text's windows may be scored at the same time, so it is changed under the pipeline's lock only.
     """
 
-    __slots__ = ("_windows_left", "compute_ms", "failed", "items", "key", "scorer", "scores", "started_at")
+    __slots__ = ("_windows_left", "compute_ms", "failed", "items", "key", "scorer", "scores", "started_at", "trial")
 
-    def __init__(self, item: Item, scorer: Scorer) -> None:
+    def __init__(self, item: Item, scorer: Scorer, trial: LiveTrial | None = None) -> None:
         self.scorer = scorer
+        self.trial = trial
+        """Whose candidate is to score it; none of what the active version scores."""
         self.items = [item]
         self.key = ("", b"")
         """Set by `worker.reuse`."""
@@ -62,6 +65,11 @@ class Job:
         self.started_at: datetime | None = None
         self.compute_ms = 0.0
         self._windows_left = 0
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether its comments are decided by another job, whatever becomes of this one."""
+        return self.trial is not None and self.trial.is_shadow
 
     @property
     def text(self) -> str:

@@ -25,6 +25,7 @@ from db import dead_letters
 from db.dead_letters import DeadLetterRow
 from db.queries import ScoredSubmission, record_decisions, store_policy
 from db.session import is_outage, writing
+from db.trials import TrialScoreRow, record_trial_scores
 from model.batching import padded_tokens
 from model.engine import Scorer, Scores
 from model.policy import Policy
@@ -34,6 +35,7 @@ from worker.line import Line
 from worker.message import Refused, refuse_comment
 from worker.outage import Outage
 from worker.reuse import Reuse
+from worker.trial import LiveTrial
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ GATHER_S = 0.1
 GATHER_BACKLOG_COMMENTS = 64
 SILENT_S = 10.0
 """A database that has not answered for so long is away, whatever it may still do."""
+SHADOW_COMMENTS = 256
+"""Most that wait for a shadow's scores; while the engine has no time for them, further ones are passed over."""
 EXIT_BROKEN = 70
 """Exit status of a worker whose engine or pipeline broke; EX_SOFTWARE of sysexits.h."""
 
@@ -62,21 +66,26 @@ class Outcome:
     items: list[Item] = field(default_factory=list)
     """The comments of `rows`, in their order."""
     letters: list[DeadLetterRow] = field(default_factory=list)
+    trial_scores: list[TrialScoreRow] = field(default_factory=list)
+    """Beside what the deliveries wait for."""
 
     def extend(self, other: "Outcome") -> None:
         self.deliveries.extend(other.deliveries)
         self.rows.extend(other.rows)
         self.items.extend(other.items)
         self.letters.extend(other.letters)
+        self.trial_scores.extend(other.trial_scores)
 
 
 @dataclass(slots=True)
 class Counters:
-    """Since the pipeline began. Seconds of `score` are summed over the lanes."""
+    """Since the pipeline began. Seconds of `score` are summed over the lanes; a shadow's share is in them alone."""
 
     arrived: int = 0
     prepared: int = 0
     decided: int = 0
+    set_aside: int = 0
+    """Prepared, and then found that no version can score them."""
     recorded: int = 0
     dead_letters: int = 0
     batches: int = 0
@@ -85,6 +94,10 @@ class Counters:
     prepare_s: float = 0.0
     score_s: float = 0.0
     record_s: float = 0.0
+
+    @property
+    def waiting_for_score(self) -> int:
+        return self.prepared - self.decided - self.set_aside
 
 
 class Pipeline:
@@ -100,6 +113,7 @@ class Pipeline:
         on_settled: Callable[[list[Delivery]], None],
     ) -> None:
         self._scorer = scorer
+        self._trial: LiveTrial | None = None
         self._policy = policy
         self._database = database
         self._on_settled = on_settled
@@ -117,6 +131,8 @@ class Pipeline:
         self._prepared = threading.Condition(self._lock)
         self._urgent, self._ordinary = Line(), Line()
         self._urgent_was_last = False
+        self._shadow = Line()
+        self._shadows: set[Job] = set()
         self._reuse = Reuse(reuse_texts)
         self._counters = Counters()
 
@@ -140,6 +156,12 @@ class Pipeline:
     def exchange(self, scorer: Scorer) -> None:
         """Prepare with this version from now on. What is already prepared goes on with the one that prepared it."""
         self._scorer = scorer
+
+    def try_out(self, trial: LiveTrial | None) -> None:
+        """Give this trial's candidate its share from now on; None ends it, and what it has prepared is its last."""
+        self._trial = trial
+        with self._lock:
+            self._shadow, self._shadows = Line(), set()
 
     def stop_waiting(self) -> None:
         """Give up on an absent database; what is not recorded is redelivered to whoever comes next."""
@@ -176,7 +198,7 @@ class Pipeline:
                 "busy_s": {"prepare": now.prepare_s, "score": now.score_s, "record": now.record_s},
                 "waiting": {
                     "prepare": now.arrived - now.prepared,
-                    "score": now.prepared - now.decided,
+                    "score": now.waiting_for_score,
                     "record": now.decided - now.recorded,
                 },
             }
@@ -198,41 +220,73 @@ class Pipeline:
         while len(items) < PREPARE_COMMENTS and not self._arrived.empty():
             items.extend(self._arrived.get())
         for start in range(0, len(items), PREPARE_COMMENTS):
-            scorer = self._scorer
-            jobs = [Job(item, scorer) for item in items[start : start + PREPARE_COMMENTS]]
-            with self._lock:
-                new, answered = self._reuse.sort(jobs)
-                self._counters.prepared += len(jobs)
-            if answered:
-                self._decide(answered)
-            if new:
-                divide_on_failure(new, self._encode, self._refuse_poison)
+            some = items[start : start + PREPARE_COMMENTS]
+            self._counters.prepared += len(some)
+            scorer, trial = self._scorer, self._trial
+            if trial is None:
+                self._begin([Job(item, scorer) for item in some])
+            else:
+                self._begin_on_trial(some, scorer, trial)
         self._counters.prepare_s += time.perf_counter() - started
+
+    def _begin_on_trial(self, items: list[Item], scorer: Scorer, trial: LiveTrial) -> None:
+        chosen: list[Item] = []
+        others: list[Item] = []
+        for item in items:
+            (chosen if trial.chooses(item.submitted.submission_id) else others).append(item)
+        jobs = [Job(item, trial.scorer, trial) for item in chosen]
+        self._begin([Job(item, scorer) for item in (items if trial.is_shadow else others)])
+        if not trial.is_shadow:
+            self._begin(jobs)
+        elif jobs := jobs[: max(0, SHADOW_COMMENTS - len(self._shadows))]:
+            # Without reuse: whoever decides must never wait for a shadow.
+            divide_on_failure(jobs, self._encode, self._fail)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Have the texts that are new scored, all by one version, and decide those whose scores are known."""
+        with self._lock:
+            new, answered = self._reuse.sort(jobs)
+        if answered:
+            self._decide(answered)
+        if new:
+            divide_on_failure(new, self._encode, self._fail)
 
     def _encode(self, jobs: list[Job]) -> None:
         encoded = jobs[0].scorer.encode([job.text for job in jobs])
         with self._prepared:
             for job, windows in zip(jobs, encoded, strict=True):
                 job.expect(len(windows))
-                urgent = job.items[0].delivery.queue == INTERACTIVE_QUEUE
-                (self._urgent if urgent else self._ordinary).add(job, windows)
+                self._line_for(job).add(job, windows)
             self._prepared.notify()
+
+    def _line_for(self, job: Job) -> Line:
+        if job.is_shadow:
+            self._shadows.add(job)
+            return self._shadow
+        return self._urgent if job.items[0].delivery.queue == INTERACTIVE_QUEUE else self._ordinary
 
     # --- score and decide ---
 
     def _score(self) -> None:
         batch = self._next_batch()
-        divide_on_failure(batch, self._score_batch, lambda piece, error: self._refuse_poison(piece.job, error))
+        divide_on_failure(batch, self._score_batch, lambda piece, error: self._fail(piece.job, error))
 
     def _next_batch(self) -> list[Piece]:
-        """Urgent ones pass the others by, but take no more than every other turn while others wait."""
+        """Urgent ones pass the others by, but take no more than every other turn while others wait.
+
+        A shadow has its turn when nobody waits for a decision.
+        """
         with self._prepared:
-            while not (self._urgent or self._ordinary):
+            while not (self._urgent or self._ordinary or self._shadow):
                 self._prepared.wait()
-            urgent = bool(self._urgent) and not (self._ordinary and self._urgent_was_last)
-            self._urgent_was_last = urgent
-            batch = (self._urgent if urgent else self._ordinary).next_batch()
             if self._urgent or self._ordinary:
+                urgent = bool(self._urgent) and not (self._ordinary and self._urgent_was_last)
+                self._urgent_was_last = urgent
+                line = self._urgent if urgent else self._ordinary
+            else:
+                line = self._shadow
+            batch = line.next_batch()
+            if self._urgent or self._ordinary or self._shadow:
                 self._prepared.notify()
             return batch
 
@@ -242,20 +296,35 @@ class Pipeline:
         scores = _checked(scorer.engine.score([piece.ids for piece in batch]), len(batch)).tolist()
         seconds = time.perf_counter() - started
         lengths = [len(piece.ids) for piece in batch]
+        is_shadow = batch[0].job.is_shadow
         with self._lock:
-            self._counters.batches += 1
             self._counters.score_s += seconds
-            self._counters.tokens += sum(lengths)
-            self._counters.padded_tokens += padded_tokens(lengths, scorer.batching)
+            if not is_shadow:
+                self._counters.batches += 1
+                self._counters.tokens += sum(lengths)
+                self._counters.padded_tokens += padded_tokens(lengths, scorer.batching)
             complete = [
                 piece.job
                 for piece, labels in zip(batch, scores, strict=True)
                 if piece.job.add(labels, started_at, seconds * 1000)
             ]
             for job in complete:
-                self._reuse.end(job)
+                self._end(job)
         if complete:
-            self._decide(complete)
+            (self._compare if is_shadow else self._decide)(complete)
+
+    def _end(self, job: Job) -> None:
+        if job.is_shadow:
+            self._shadows.discard(job)
+        else:
+            self._reuse.end(job)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """A text that its version cannot score: it is the active version's turn, or that of the dead letters."""
+        if job.trial is None:
+            self._refuse_poison(job, error)
+        else:
+            self._pass_to_active(job, error, job.trial)
 
     def _refuse_poison(self, job: Job, error: Exception) -> None:
         """Set a text's comments aside; unless the engine is dead, which is no comment's fault."""
@@ -264,16 +333,53 @@ class Pipeline:
             _checked(scorer.score_texts(["ok"]), 1)
         except Exception as also:
             _die(f"the engine ({scorer.engine.description}) can no longer score anything", also)
+        if not self._give_up(job):
+            return
         with self._lock:
-            if job.failed:  # another of its windows was here before
-                return
-            job.failed = True
-            self._reuse.end(job)
-            self._counters.decided += len(job.items)
+            self._counters.set_aside += len(job.items)
         detail = f"version {scorer.version} could not score it ({_kind(error)}), though it scores others"
         for submitted, delivery in job.items:
             refused = refuse_comment(submitted.submission_id, submitted.comment, Reason.SCORING_FAILED, detail)
             self.refuse([refused], delivery)
+
+    def _pass_to_active(self, job: Job, error: Exception, trial: LiveTrial) -> None:
+        """Count a candidate's failure, dead engine or not: nothing of it may cost a comment its decision."""
+        if not self._give_up(job):
+            return
+        now, kind = clock.now(), _kind(error)
+        ids = [item.submitted.submission_id for item in job.items]
+        failures = [
+            TrialScoreRow(trial_id=trial.trial_id, submission_id=each, error=kind, scored_at=now) for each in ids
+        ]
+        self._finished.put(Outcome([], trial_scores=failures))
+        if not trial.is_shadow:
+            self._begin([Job(item, self._scorer) for item in job.items])
+
+    def _give_up(self, job: Job) -> bool:
+        """Nobody joins it any more; false where another of its windows was here before."""
+        with self._lock:
+            if job.failed:
+                return False
+            job.failed = True
+            self._end(job)
+            return True
+
+    def _compare(self, jobs: list[Job]) -> None:
+        """Note what a shadow says; nothing is done by it."""
+        now = clock.now()
+        rows = [self._trial_score(item, job, now) for job in jobs for item in job.items]
+        self._finished.put(Outcome([], trial_scores=rows))
+
+    def _trial_score(self, item: Item, job: Job, now: datetime) -> TrialScoreRow:
+        assert job.scores is not None and job.trial is not None
+        scores: dict[str, Any] = dict(zip(LABELS, job.scores.labels, strict=True))
+        return TrialScoreRow(
+            trial_id=job.trial.trial_id,
+            submission_id=item.submitted.submission_id,
+            **scores,
+            action=self._policy.decide(item.submitted.comment.community, job.scores.labels).action.value,
+            scored_at=now,
+        )
 
     def _decide(self, jobs: list[Job]) -> None:
         decided = [(item, job) for job in jobs for item in job.items]
@@ -342,9 +448,9 @@ class Pipeline:
         use. Without a backlog nobody should wait for it.
         """
         deadline = time.monotonic() + GATHER_S
-        while len(outcome.deliveries) < RECORD_COMMENTS:
+        while len(outcome.deliveries) + len(outcome.trial_scores) < RECORD_COMMENTS:
             # Read without the lock: a count that is out of date for a moment does no harm.
-            backlog = self._counters.prepared - self._counters.decided > GATHER_BACKLOG_COMMENTS
+            backlog = self._counters.waiting_for_score > GATHER_BACKLOG_COMMENTS
             try:
                 outcome.extend(self._finished.get(timeout=max(0.0, deadline - time.monotonic()) if backlog else 0.0))
             except queue.Empty:
@@ -367,9 +473,17 @@ class Pipeline:
 
     def _record_all(self, outcome: Outcome) -> None:
         try:
-            self._commit(outcome.rows, outcome.items, outcome.letters)
+            self._commit(outcome.rows, outcome.items, outcome.letters, outcome.trial_scores)
         except Exception as error:
-            if is_outage(error) or not outcome.rows:
+            if is_outage(error):
+                raise
+            if outcome.trial_scores:
+                # Nobody waits for them, so they are the first to go.
+                logger.warning("the database refused a batch with scores of a trial (%s); without them", _kind(error))
+                outcome.trial_scores = []
+                self._record_all(outcome)
+                return
+            if not outcome.rows:
                 raise
             # One row that the database refuses must not take its batch along.
             rows = list(zip(outcome.rows, outcome.items, strict=True))
@@ -385,13 +499,20 @@ class Pipeline:
         refused = refuse_comment(row.submission_id, item.submitted.comment, Reason.RECORDING_FAILED, detail)
         self._commit([], [], [_letter(refused, item.delivery)])
 
-    def _commit(self, rows: list[ScoredSubmission], items: list[Item], letters: list[DeadLetterRow]) -> None:
+    def _commit(
+        self,
+        rows: list[ScoredSubmission],
+        items: list[Item],
+        letters: list[DeadLetterRow],
+        trial_scores: Sequence[TrialScoreRow] = (),
+    ) -> None:
         self._writing_since = time.monotonic()
         try:
             with writing(self._database) as connection:
                 self._store_policy_once(connection)
                 conflicts = record_decisions(connection, rows).conflicts
                 dead_letters.record(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
+                record_trial_scores(connection, trial_scores)
         finally:
             with self._outage_lock:
                 self._writing_since = None

@@ -1,7 +1,8 @@
 """Which version scores: follows the newest row of `activations`, loads beside the running version, exchanges.
 
 The row is the truth, looked at every few seconds; the broadcast only makes the look come sooner. Whatever goes wrong
-with a new version, the old one goes on and the failure is a row in `version_loads`.
+with a new version, the old one goes on and the failure is a row in `version_loads`. The live trial is followed in the
+same way; one whose candidate cannot be loaded is rolled back.
 """
 
 import logging
@@ -13,16 +14,21 @@ from sqlalchemy import Engine
 
 from config.names import STARTER_VERSION
 from config.settings import ROOT, Settings
-from db import queries
+from db import queries, trials
 from db.queries import ActivationRow
 from db.session import reading, writing
+from db.trials import TrialRow
 from model.engine import Scorer, load_scorer
 from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
 from worker import clock
 from worker.outage import Outage
+from worker.trial import LiveTrial
 
 logger = logging.getLogger(__name__)
+
+Exchange = Callable[[Scorer], None]
+TryOut = Callable[[LiveTrial | None], None]
 
 MEASUREMENTS_DIRECTORY = ROOT / "var" / "batching"
 RETRY_REFUSED_S = 30.0
@@ -38,6 +44,7 @@ class VersionFollower:
         self._worker = worker
         self._look_now = threading.Event()
         self._running: str | None = None
+        self._trial: LiveTrial | None = None
         self._followed_id: int | None = None
         self._refused_id: int | None = None
         self._refusal = ""
@@ -72,15 +79,22 @@ class VersionFollower:
             return scorer
         raise VersionError(f"no version that was ever active can be loaded: {'; '.join(refusals.values())}")
 
-    def follow(self, exchange: Callable[[Scorer], None]) -> None:
-        """Watch for activations from a thread of its own, and call `exchange` with each newly loaded scorer."""
-        threading.Thread(target=self._watch, args=(exchange,), name="versions", daemon=True).start()
+    def follow(self, exchange: Exchange, try_out: TryOut) -> None:
+        """Watch from a thread of its own for activations and trials.
+
+        Args:
+            exchange: is given each newly loaded scorer.
+            try_out: is given each trial that begins, once its candidate is loaded, and None when it is over.
+        """
+        # At once: a trial may be live, and a comment that was its candidate's should be so again.
+        self._look_now.set()
+        threading.Thread(target=self._watch, args=(exchange, try_out), name="versions", daemon=True).start()
 
     def look_now(self) -> None:
-        """Look at the newest activation at once rather than at the next poll."""
+        """Look at the newest activation and the live trial at once rather than at the next poll."""
         self._look_now.set()
 
-    def _watch(self, exchange: Callable[[Scorer], None]) -> None:
+    def _watch(self, exchange: Exchange, try_out: TryOut) -> None:
         unreachable = Outage()
         while True:
             poll_s = self._settings.worker.activation_poll_s
@@ -88,7 +102,7 @@ class VersionFollower:
             # Cleared before looking: a broadcast that comes while a version loads must lead to another look.
             self._look_now.clear()
             try:
-                self._look(exchange)
+                self._look(exchange, try_out)
                 if unreachable.end():
                     logger.warning("it can be seen again which version is active")
             except Exception as error:
@@ -97,23 +111,62 @@ class VersionFollower:
                     kind = type(error).__name__
                     logger.error("cannot see which version is active (%s); %s goes on", kind, self._running)
 
-    def _look(self, exchange: Callable[[Scorer], None]) -> None:
+    def _look(self, exchange: Exchange, try_out: TryOut) -> None:
         with reading(self._database) as connection:
             newest = queries.active(connection)
-        if newest is None or newest.activation_id == self._followed_id:
+            live = trials.live_trial(connection)
+        over = self._trial
+        if over is not None and (live is None or live.trial_id != over.trial_id):
+            logger.info("the trial of version %s is over", over.scorer.version)
+            try_out(None)
+            self._trial = None
+        if newest is not None:
+            # A candidate that was promoted is loaded already.
+            self._look_at_activation(newest, exchange, None if over is None else over.scorer)
+        if live is not None and self._trial is None:
+            self._begin_trial(live, try_out)
+
+    def _look_at_activation(self, newest: ActivationRow, exchange: Exchange, candidate: Scorer | None) -> None:
+        if newest.activation_id == self._followed_id:
             return
         if newest.activation_id == self._refused_id and time.monotonic() < self._retry_at:
             return
         if newest.version != self._running:
-            try:
-                loaded = self._load(newest.version)
-            except VersionError as error:
-                self._refuse(newest, str(error))
-                return
+            if candidate is not None and candidate.version == newest.version:
+                loaded = candidate
+            else:
+                try:
+                    loaded = self._load(newest.version)
+                except VersionError as error:
+                    self._refuse(newest, str(error))
+                    return
             logger.info("version %s replaces %s from the next batch on", loaded.version, self._running)
             exchange(loaded)
             self._running = loaded.version
         self._follow(newest)
+
+    def _begin_trial(self, live: TrialRow, try_out: TryOut) -> None:
+        try:
+            scorer = self._load(live.version)
+        except VersionError as error:
+            # A trial that some of the workers cannot take part in shows nothing of the version.
+            verdict = f"worker {self._worker} cannot load it: {error}"
+            logger.error("the %s of version %s is rolled back: %s", live.kind, live.version, error)
+            with writing(self._database) as connection:
+                trials.end_trial(
+                    connection,
+                    live.trial_id,
+                    outcome="rolled_back",
+                    by=self._worker,
+                    verdict=verdict,
+                    now=clock.now(),
+                )
+            return
+        logger.info(
+            "%s of version %s beside %s begins: %.3g %%", live.kind, live.version, self._running, 100 * live.share
+        )
+        self._trial = LiveTrial(live.trial_id, live.share, live.kind == "shadow", scorer)
+        try_out(self._trial)
 
     def _follow(self, activation: ActivationRow) -> None:
         self._record(activation, None)

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 from config.names import STARTER_VERSION
 from config.settings import Settings, load_settings
-from db import queries
+from db import queries, trials
 from db.queries import LoadRow
 from db.session import open_database, reading, writing
 from model.engine import Scorer
@@ -19,6 +19,7 @@ from tests.integration.outage import outage
 from tests.services import wait_until
 from tests.tiny import copy_version
 from worker.swap import VersionFollower
+from worker.trial import LiveTrial
 
 WORKER = "w1@here"
 
@@ -63,6 +64,7 @@ class Worker:
         self._engine = engine
         self._follower = VersionFollower(engine, settings, WORKER)
         self.scorers: list[Scorer] = []
+        self.trials: list[LiveTrial | None] = []
 
     @property
     def versions(self) -> list[str]:
@@ -70,7 +72,7 @@ class Worker:
 
     def start(self) -> None:
         self.scorers.append(self._follower.load_first())
-        self._follower.follow(self.scorers.append)
+        self._follower.follow(self.scorers.append, self.trials.append)
 
     def look(self) -> None:
         self._follower.look_now()
@@ -102,6 +104,20 @@ class Worker:
 def activate(engine: Engine, version: str) -> int:
     with writing(engine) as connection:
         return queries.activate(connection, version=version, by="me", reason="test", now=datetime.now(UTC))
+
+
+def start_canary(engine: Engine, candidate: str) -> int:
+    with writing(engine) as connection:
+        return trials.start_trial(
+            connection,
+            kind="canary",
+            candidate=candidate,
+            share=0.25,
+            bounds={},
+            by="me",
+            reason="test",
+            now=datetime.now(UTC),
+        )
 
 
 def damage(directory: Path) -> None:
@@ -287,6 +303,49 @@ class TestFollowing:
         worker.look_until(lambda: worker.versions == ["v1", "v2"], "the exchange")
         assert worker.word(activation, accepted=True).version == "v2"
         assert count_loads(engine) == before + 1
+
+    def test_a_trial_is_followed_to_its_promotion(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+    ) -> None:
+        # Given a canary
+        publish("v2")
+        trial_id = start_canary(engine, "v2")
+        # Then its candidate is loaded beside the running version
+        worker.look_until(lambda: len(worker.trials) == 1, "the trial")
+        live = worker.trials[0]
+        assert live is not None
+        assert (live.trial_id, live.share, live.is_shadow, live.scorer.version) == (trial_id, 0.25, False, "v2")
+        # And when it is promoted, what is loaded takes over
+        with writing(engine) as connection:
+            trial = trials.newest_trial(connection, "canary")
+            activation = trials.promote_trial(connection, trial, by="me", reason="good", now=datetime.now(UTC))
+        assert worker.word(activation).version == "v2"
+        assert worker.trials == [live, None]
+        assert worker.scorers[-1] is live.scorer
+        # And another activation ends a trial here too
+        start_canary(engine, "v1")
+        worker.look_until(lambda: len(worker.trials) == 3, "the next trial")
+        publish("v3")
+        assert worker.word(activate(engine, "v3")).version == "v3"
+        assert worker.trials[3:] == [None]
+
+    def test_a_candidate_that_cannot_be_loaded_ends_its_trial(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+    ) -> None:
+        damage(publish("v2"))
+        start_canary(engine, "v2")
+
+        def ended() -> bool:
+            with reading(engine) as connection:
+                return trials.newest_trial(connection, "canary").outcome is not None
+
+        worker.look_until(ended, "the end of the trial")
+        with reading(engine) as connection:
+            trial = trials.newest_trial(connection, "canary")
+        assert (trial.outcome, trial.ended_by) == ("rolled_back", WORKER)
+        assert trial.verdict is not None
+        assert f"worker {WORKER} cannot load it: version v2: model.safetensors is damaged" in trial.verdict
+        assert (worker.trials, worker.versions) == ([], ["v1"])
 
 
 def test_an_absent_database_stops_nothing(
