@@ -3,7 +3,9 @@
 Owns the producer's side of the queue. Imports neither torch nor the model: tasks are sent by name.
 """
 
+import hashlib
 import json
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,11 +31,14 @@ from api_client.publishing import new_task_id, push
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
+    DEFAULT_COMMUNITY,
+    ENQUEUED_AT_HEADER,
     MODERATE_QUEUE,
     MODERATE_QUEUES,
     PIPELINE_STATS,
     RETRAIN_QUEUE,
     RETRAIN_TASK,
+    SUBMITTED_AT_HEADER,
     TRAINER_CONTROL_EXCHANGE,
     WORKER_CONTROL_EXCHANGE,
     WORKER_UNACKED_KEY,
@@ -43,6 +48,7 @@ from config.names import (
 from config.settings import settings, trainer_settings, without_password
 from db import dead_letters, privacy, queries
 from db.dead_letters import DeadLetterRow
+from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
 
 if TYPE_CHECKING:
@@ -54,15 +60,22 @@ TEXT_BYTES_PER_ROUND_TRIP = 4 * 1024 * 1024
 """Bounds the memory of `submit_many`, whatever the comments' lengths."""
 RESEND_PAUSES_S = (0.2, 1.0)
 """Before each further attempt to send. The same message twice is one submission: its task id stays."""
+DURABLE_RESEND_PAUSES_S = (0.0,)
+"""The same of what is durable, which somebody else sends later: once more, as a kept connection may be stale."""
 MAX_CONNECTIONS = 10
 CONNECT_TIMEOUT_S = 3
 SOCKET_TIMEOUT_S = 15
 ANSWER_TIMEOUT_S = 1.0
 FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 
+KEPT = "durable submissions are kept in the database, and sent when a worker finds them waiting there"
+SAFE_AGAIN = "an idempotency_key makes it safe to submit them again"
+
 BROKER_ERRORS = (KombuError, RedisError, OSError)
 
 Answer = TypeVar("Answer")
+
+logger = logging.getLogger(__name__)
 
 
 class BrokerUnavailable(Exception):
@@ -212,7 +225,10 @@ class ModerationClient:
             broker_options = {} if broker_url else settings().broker_options.model_dump()
         self._broker_url = broker_url or settings().broker_url
         self._database_url = database_url or settings().database_url
+        self._settings = settings().client
         self._engine = open_database(self._database_url)
+        self._broker_is_away = False
+        """As the last durable submission found it."""
         self._app = Celery("moderato", broker=self._broker_url, set_as_current=False)
         self._app.conf.update(
             task_serializer="json",
@@ -265,6 +281,7 @@ class ModerationClient:
         idempotency_key: str | None = None,
         store_text: bool = True,
         queue: str = MODERATE_QUEUE,
+        durable: bool | None = None,
     ) -> str:
         """Send one comment to be moderated; for many, `submit_many` is ten times faster.
 
@@ -280,12 +297,14 @@ class ModerationClient:
             store_text: false keeps the text out of the database.
             queue: `toxicity.interactive` where the author waits for the decision, `toxicity.bulk` where it may wait.
                 Only a worker whose `-Q` names a queue takes from it.
+            durable: commit it to the database before it is a message, so that it is decided even where Redis is away
+                now or loses everything later; from the settings where it is not given.
 
         Returns:
             The submission's id: the idempotency key, or one made here.
 
         Raises:
-            InvalidComment: what would not be taken.
+            InvalidComment: what would not be taken; or a durable submission's idempotency key belongs to another text.
         """
         comment = {
             "text": text,
@@ -299,16 +318,18 @@ class ModerationClient:
             "idempotency_key": idempotency_key,
             "store_text": store_text,
         }
-        return self._send([message_form(comment)], queue, SubmissionIds())[0]
+        durable = self._settings.durable if durable is None else durable
+        return self._send([_checked_form(comment, durable)], queue, durable, SubmissionIds())[0]
 
     def submit_many(
         self,
         comments: Iterable[str | Mapping[str, Any]],
         *,
         queue: str = MODERATE_QUEUE,
+        durable: bool | None = None,
         on_sent: Callable[[list[str]], object] | None = None,
     ) -> SubmissionIds:
-        """Send any number of comments, many in one message; when it returns, all of them are in Redis.
+        """Send any number of comments, many in one message; when it returns, all of them are in Redis, or durable.
 
         They are read as they are sent, at most 1,024 (or 4 MiB of text) at a time, so the iterable may be larger than
         memory, or without an end. A source that pauses keeps up to 1,023 comments waiting here: call this once for
@@ -317,6 +338,7 @@ class ModerationClient:
         Args:
             comments: texts, or mappings with the arguments of `submit` as keys.
             queue: as for `submit`.
+            durable: as for `submit`; one transaction for each step.
             on_sent: is given the ids of each step as it is sent, in the order of the comments.
 
         Returns:
@@ -326,32 +348,72 @@ class ModerationClient:
             InvalidComment: a comment would not be taken; the message says which. Those before it are sent.
         """
         ids = SubmissionIds()
-        for batch in _round_trips(comments):
+        durable = self._settings.durable if durable is None else durable
+        for batch in _round_trips(comments, durable):
             sent = len(ids)
-            self._send(batch, queue, ids)
+            self._send(batch, queue, durable, ids)
             if on_sent is not None:
                 on_sent(ids[sent:])
         return ids
 
-    def _send(self, comments: list[dict[str, Any]], queue: str, ids: SubmissionIds) -> SubmissionIds:
+    def _send(self, comments: list[dict[str, Any]], queue: str, durable: bool, ids: SubmissionIds) -> SubmissionIds:
         messages = [
             (new_task_id(), comments[start : start + COMMENTS_PER_MESSAGE])
             for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
         ]
-        submitted_at = time.time()
+        own_headers = {SUBMITTED_AT_HEADER: time.time()}
+        new_ids = SubmissionIds()
+        for task_id, listed in messages:
+            new_ids.add(task_id, listed)
 
         def publish() -> None:
             with self._connections.acquire(block=True) as broker:
-                push(self._app, broker, queue, messages, submitted_at)
+                push(self._app, broker, queue, messages, own_headers)
 
-        self._with_broker(
-            publish,
-            f"{len(comments)} comments may or may not have been submitted; an idempotency_key "
-            "makes it safe to submit them again",
-        )
+        if durable:
+            own_headers[ENQUEUED_AT_HEADER] = self._commit(comments, new_ids, queue, own_headers[SUBMITTED_AT_HEADER])
+            # A process that dies here has submitted them: a worker's sweeper sends what nobody did.
+            with self._broker_may_be_away():
+                self._with_broker(publish, KEPT, DURABLE_RESEND_PAUSES_S)
+        else:
+            self._with_broker(publish, f"{len(comments)} comments may or may not have been submitted; {SAFE_AGAIN}")
         for task_id, listed in messages:
             ids.add(task_id, listed)
         return ids
+
+    def _commit(self, comments: list[dict[str, Any]], ids: SubmissionIds, queue: str, submitted_at: float) -> float:
+        """Write them as pending; when that was, by the database's clock, in seconds since the epoch."""
+        try:
+            with self._writing() as connection:
+                now = database_time(connection)
+                rows = [
+                    _pending(comment, submission_id, queue, datetime.fromtimestamp(submitted_at, UTC), now)
+                    for comment, submission_id in zip(comments, ids, strict=True)
+                ]
+                if taken := record_pending(connection, rows):
+                    raise InvalidComment(
+                        f"the idempotency key {taken[0]!r} was used before with another text; nothing was submitted: "
+                        "use a new key for an edited comment"
+                    )
+        except DatabaseProblem as problem:
+            raise DatabaseProblem(
+                f"{problem}; {len(comments)} comments were not submitted, unless the answer to the commit was lost: "
+                f"{SAFE_AGAIN}"
+            ) from problem
+        return now.timestamp()
+
+    @contextmanager
+    def _broker_may_be_away(self) -> Iterator[None]:
+        """Say so once, and go on."""
+        try:
+            yield
+            self._broker_is_away = False
+        except BrokerUnavailable as unavailable:
+            if not self._broker_is_away:
+                logger.warning(
+                    "%s; durable submissions are kept, and sent when a worker finds them waiting", unavailable
+                )
+            self._broker_is_away = True
 
     # --- Results -------------------------------------------------------------------------------------------------
 
@@ -667,13 +729,15 @@ class ModerationClient:
 
     # --- Connections ---------------------------------------------------------------------------------------------
 
-    def _with_broker(self, act: Callable[[], Answer], consequence: str) -> Answer:
+    def _with_broker(
+        self, act: Callable[[], Answer], consequence: str, pauses_s: Sequence[float] = RESEND_PAUSES_S
+    ) -> Answer:
         """Do something with Redis, again after a pause where it fails.
 
         Raises:
             BrokerUnavailable: it failed each time.
         """
-        for pause_s in (*RESEND_PAUSES_S, None):
+        for pause_s in (*pauses_s, None):
             try:
                 return act()
             except BROKER_ERRORS as error:
@@ -734,14 +798,48 @@ def message_form(comment: str | Mapping[str, Any]) -> dict[str, Any]:
     return checked.model_dump(mode="json", exclude_unset=True)
 
 
-def _round_trips(comments: Iterable[str | Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _checked_form(comment: str | Mapping[str, Any], durable: bool) -> dict[str, Any]:
+    form = message_form(comment)
+    if durable and not form.get("store_text", True):
+        raise InvalidComment(
+            "store_text=False forbids what durable needs, the text in the database until it is decided; "
+            "submit this one with durable=False"
+        )
+    return form
+
+
+def _pending(
+    form: Mapping[str, Any], submission_id: str, queue: str, submitted_at: datetime, now: datetime
+) -> PendingSubmission:
+    return PendingSubmission(
+        submission_id=submission_id,
+        community=form.get("community", DEFAULT_COMMUNITY),
+        comment_id=form.get("id", submission_id),
+        author=form.get("author"),
+        text=form["text"],
+        text_sha256=hashlib.sha256(form["text"].encode()).hexdigest(),
+        language=form.get("language"),
+        context=form.get("context"),
+        created_at=_time(form.get("created_at")),
+        submitted_at=submitted_at,
+        queue=queue,
+        expires_at=_time(form.get("expires_at")),
+        enqueued_at=now,
+    )
+
+
+def _time(value: str | None) -> datetime | None:
+    return None if value is None else datetime.fromisoformat(value)
+
+
+def _round_trips(comments: Iterable[str | Mapping[str, Any]], durable: bool) -> Iterator[list[dict[str, Any]]]:
     """Checked comments in lists bounded by count and bytes; those before a bad one are handed out before it raises."""
     batch: list[dict[str, Any]] = []
     text_bytes = 0
     try:
         for position, comment in enumerate(comments):
             try:
-                form = message_form(comment)
+                form = _checked_form(comment, durable)
             except InvalidComment as error:
                 raise InvalidComment(f"comment {position} (counted from 0): {error}") from None
             batch.append(form)

@@ -6,7 +6,7 @@ Owns the producer's wire form, which is that of Celery's `send_task`, field by f
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +17,7 @@ from kombu.common import maybe_declare
 from kombu.entity import PERSISTENT_DELIVERY_MODE
 from kombu.serialization import dumps
 
-from config.names import MODERATE_TASK, SUBMITTED_AT_HEADER
+from config.names import MODERATE_TASK
 
 
 def new_task_id() -> str:
@@ -33,14 +33,18 @@ def new_task_id() -> str:
 
 
 def push(
-    app: Celery, broker: Connection, queue: str, messages: Sequence[tuple[str, list[dict[str, Any]]]], sent_at: float
+    app: Celery,
+    broker: Connection,
+    queue: str,
+    messages: Sequence[tuple[str, list[dict[str, Any]]]],
+    own_headers: Mapping[str, float],
 ) -> None:
     """Append messages to a queue, all of them or none, in their order.
 
     Args:
         broker: a connection that no other thread uses meanwhile.
         messages: at least one; of each the task id and its comments.
-        sent_at: seconds since the epoch.
+        own_headers: of each message, beside Celery's: see `config.names`.
 
     Raises:
         KombuError, RedisError, OSError: Redis may or may not have taken them.
@@ -62,7 +66,7 @@ def push(
             argsrepr=f"({len(comments)} comments,)",
             kwargsrepr="{}",
         )
-        headers[SUBMITTED_AT_HEADER] = sent_at
+        headers |= own_headers
         properties["delivery_mode"] = PERSISTENT_DELIVERY_MODE
         route = {"exchange": "", "routing_key": queue}
         # What traces tasks listens to these two, and adds its headers.

@@ -119,7 +119,8 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
         totals = state.totals
         actions = ", ".join(f"{action} {count:,}" for action, count in sorted(totals.actions.items()))
         lines.append(_line("decisions", f"{totals.decisions:,}{f' ({actions})' if actions else ''}"))
-        lines.append(_line("", f"{totals.reviews:,} reviews, {totals.dead_letters:,} dead letters"))
+        pending = f", {totals.pending:,} durable submissions on their way" if totals.pending else ""
+        lines.append(_line("", f"{totals.reviews:,} reviews, {totals.dead_letters:,} dead letters{pending}"))
     if state.last_run is not None:
         run = state.last_run
         step = f", step {run.step} of {run.total_steps}" if run.state == "running" and run.step else ""

@@ -44,6 +44,8 @@ PIPELINE_STATS = "pipeline_stats"
 
 SUBMITTED_AT_HEADER = "submitted_at"
 """Message header: when the producer submitted, seconds since the epoch. Optional."""
+ENQUEUED_AT_HEADER = "enqueued_at"
+"""Message header of durable submissions: when they were put on the queue, by the database's clock, in such seconds."""
 
 MAX_COMMENTS_PER_MESSAGE = 256
 MAX_TEXT_BYTES = 20_480

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, func, select, update
 
 from config.names import Reason
 from db.rows import chunks, every, insert_if_absent
-from db.tables import DeadLetter
+from db.tables import DEAD, IS_PENDING, DeadLetter, Submission
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,22 @@ class DeadLetterRow:
 
 
 def record(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
-    """Set aside what could not be decided; a letter already there by its id is left as it is."""
+    """Set aside what could not be decided, and end the wait of a durable submission of that id.
+
+    A letter already there by its id is left as it is.
+    """
     if letters:
         ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
         connection.execute(insert_if_absent(connection, DeadLetter), [asdict(letter) for letter in ordered])
+        _end_wait(connection, [letter.dead_letter_id for letter in ordered])
+
+
+def _end_wait(connection: Connection, submission_ids: Collection[str]) -> None:
+    for ids in chunks(submission_ids):
+        pending = select(Submission.submission_id).where(IS_PENDING, Submission.submission_id.in_(ids))
+        # In the order of ids, as decisions are recorded, so that two never wait for each other in a circle.
+        locked = pending.order_by(Submission.submission_id).with_for_update()
+        connection.execute(update(Submission).where(Submission.submission_id.in_(locked)).values(state=DEAD))
 
 
 def newest(connection: Connection, *, limit: int | None, reason: Reason | None = None) -> list[DeadLetterRow]:

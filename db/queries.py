@@ -7,19 +7,16 @@ are consumed while the connection is open.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
-from operator import attrgetter
 from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
-import orjson
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    bindparam,
-    column,
+    case,
     exists,
     func,
     insert,
@@ -28,15 +25,19 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import aliased
 
 from config.names import ACTIVATION_LOCK, LABELS
+from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
 from db.rows import chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
 from db.tables import (
+    DEAD,
+    DECIDED,
+    IS_PENDING,
+    PENDING,
     Activation,
-    Base,
     DeadLetter,
     Decision,
     ModelVersion,
@@ -48,8 +49,10 @@ from db.tables import (
     VersionLoad,
 )
 
-DECIDED = "decided"
-"""State of a submission that has its decision; `db.tables.Submission` names the others."""
+SHA256_THAT_COUNTS = case(
+    ((Submission.state == DEAD) | Submission.erased_at.is_not(None), None), else_=Submission.text_sha256
+).label("sha256")
+"""Null where no other text makes a conflict: the submission has come to its end without one, or is forgotten."""
 
 
 class NoSuchDecision(DatabaseProblem):
@@ -116,16 +119,16 @@ class Recorded:
 
     recorded: frozenset[int]
     repeated: frozenset[int]
-    """The submission already had its decision; nothing was written."""
+    """The submission has come to its end already, or is about to elsewhere; nothing was written."""
     conflicts: frozenset[int]
-    """The submission was decided with another text; nothing was written."""
+    """The submission was decided, or is pending, with another text; nothing was written."""
 
 
 def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -> Recorded:
-    """Write each submission not seen before, with its decision. Where an id occurs twice in `rows` the first counts.
+    """Write each submission not seen before, with its decision, and the decision of each that is pending.
 
-    Safe while other workers record the same submissions: each is written by one of them. The policies that decided
-    must have been stored (`store_policy`).
+    Where an id occurs twice in `rows` the first counts. Safe while other workers record the same submissions: each is
+    decided by one of them. The policies that decided must have been stored (`store_policy`).
     """
     first_index: dict[str, int] = {}
     for index, row in enumerate(rows):
@@ -133,47 +136,33 @@ def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -
     if not first_index:
         return Recorded(frozenset(), frozenset(), frozenset())
 
-    insert_new = {"postgresql": _insert_new_on_postgresql, "sqlite": _insert_new_on_sqlite}[connection.dialect.name]
-    seen = insert_new(connection, [rows[index] for index in first_index.values()])
-    recorded = frozenset(index for submission_id, index in first_index.items() if submission_id not in seen)
+    decide = {"postgresql": _decide_on_postgresql, "sqlite": _decide_on_sqlite}[connection.dialect.name]
+    passed_over = decide(connection, [rows[index] for index in first_index.values()])
+    recorded = frozenset(index for submission_id, index in first_index.items() if submission_id not in passed_over)
     if len(recorded) == len(rows):
         return Recorded(recorded, frozenset(), frozenset())
-    text_sha256 = {submission_id: rows[index].text_sha256 for submission_id, index in first_index.items()} | seen
-    conflicts = frozenset(i for i, row in enumerate(rows) if text_sha256[row.submission_id] != row.text_sha256)
+    text_sha256 = {submission_id: rows[index].text_sha256 for submission_id, index in first_index.items()} | passed_over
+    conflicts = frozenset(
+        i for i, row in enumerate(rows) if text_sha256[row.submission_id] not in (None, row.text_sha256)
+    )
     return Recorded(recorded, frozenset(range(len(rows))) - recorded - conflicts, conflicts)
 
 
-def _insert_new_on_postgresql(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str]:
-    """Write the rows whose ids are new; for each of the others, the hash of the text that was decided is returned."""
-    from psycopg.types.json import Json  # here: what runs on SQLite does without the driver
-
-    seen = connection.scalars(_POSTGRESQL_INSERT, {"rows": Json(rows, dumps=_as_json)}).all()
-    text_sha256: dict[str, str] = {}
-    for ids in chunks(seen):
+def _decide_on_postgresql(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str | None]:
+    """Write the rows that are new or pending; of each of the others, the hash of the text it had, if that counts."""
+    passed_over = connection.scalars(_POSTGRESQL_DECIDE, {"rows": json_parameter(rows)}).all()
+    text_sha256: dict[str, str | None] = {}
+    for ids in chunks(passed_over):
         # A statement of its own: one that has waited for another worker does not see what that one committed.
-        stored = select(Submission.submission_id, Submission.text_sha256).where(Submission.submission_id.in_(ids))
+        stored = select(Submission.submission_id, SHA256_THAT_COUNTS).where(Submission.submission_id.in_(ids))
         text_sha256 |= dict(connection.execute(stored).all())
     return text_sha256
 
 
-def _as_json(rows: Sequence[ScoredSubmission]) -> bytes:
-    try:
-        return orjson.dumps(rows)
-    except TypeError:
-        # An integer in a producer's context may have more than 64 bits.
-        return json.dumps([asdict(row) for row in rows], default=datetime.isoformat).encode()
-
-
-def _postgresql_insert() -> Select[Any]:
-    """One statement for both tables, its rows in one JSON parameter; it answers with the ids that were there already.
-
-    A parameter for each value would cost this process ten times as much.
-    """
+def _postgresql_decide() -> Select[Any]:
+    """One statement for both tables; it answers with the ids it passed over."""
     submission, decision = Submission.__table__.c, Decision.__table__.c
-    types = {each.name: each.type for each in (*submission, *decision)}
-    columns = [column(field.name, types[field.name]) for field in fields(ScoredSubmission)]
-    rows = func.json_to_recordset(bindparam("rows")).table_valued(*columns).render_derived("r", with_types=True)
-    given = select(rows).cte("given")
+    given = given_rows(ScoredSubmission, Submission, Decision)
     values = dict(given.c.items()) | {"state": literal(DECIDED)}
     # In the order of ids, so that two workers inserting the same ones wait for each other but never in a circle.
     given_columns = [values[each.name].label(each.name) for each in submission if each.name in values]
@@ -186,44 +175,61 @@ def _postgresql_insert() -> Select[Any]:
         .cte("inserted")
     )
     is_new = given.c.submission_id.in_(select(inserted.c.submission_id))
-    decisions = select(*(values[each.name] for each in decision)).where(is_new)
+    # Only what could not be inserted is looked up, which usually is nothing. Its locks come after all inserts and in
+    # the order of ids as well. Whoever has waited for one sees what the other made of it: no longer pending.
+    known = select(given.c.submission_id, given.c.text_sha256).where(~is_new).cte("known")
+    pending = (
+        select(submission.submission_id)
+        .join(known, known.c.submission_id == submission.submission_id)
+        .where(submission.state == PENDING, submission.text_sha256 == known.c.text_sha256)
+        .order_by(submission.submission_id)
+        .with_for_update(of=Submission)
+        .cte("pending")
+    )
+    updated = (
+        update(Submission)
+        .where(submission.submission_id == pending.c.submission_id)
+        .values(state=DECIDED)
+        .returning(submission.submission_id)
+        .cte("updated")
+    )
+    is_decided = is_new | given.c.submission_id.in_(select(updated.c.submission_id))
+    decisions = select(*(values[each.name] for each in decision)).where(is_decided)
     decided = insert(Decision).from_select(list(decision), decisions).cte("decided")
-    return select(given.c.submission_id).where(~is_new).add_cte(decided)
+    return select(given.c.submission_id).where(~is_decided).add_cte(decided)
 
 
-_POSTGRESQL_INSERT = _postgresql_insert()
+_POSTGRESQL_DECIDE = _postgresql_decide()
 
 
-def _insert_new_on_sqlite(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str]:
+def _decide_on_sqlite(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str | None]:
     """The same. In a transaction that holds the only writer's lock, what is not there now is not there when written."""
     ids = json.dumps([row.submission_id for row in rows])
-    seen: dict[str, str] = dict(connection.execute(_SQLITE_SEEN, {"ids": ids}).all())
-    if new := [row for row in rows if row.submission_id not in seen]:
-        for insert_sql, values in _SQLITE_INSERTS:
-            connection.exec_driver_sql(insert_sql, values(new))
-    return seen
+    found = {row.submission_id: row for row in connection.execute(_SQLITE_FOUND, {"ids": ids})}
+    new = [row for row in rows if row.submission_id not in found]
+    pending = [
+        row
+        for row in rows
+        if (known := found.get(row.submission_id)) and (known.state, known.text_sha256) == (PENDING, row.text_sha256)
+    ]
+    if new:
+        connection.exec_driver_sql(_SQLITE_INSERT_SUBMISSIONS[0], _SQLITE_INSERT_SUBMISSIONS[1](new))
+    if pending:
+        connection.execute(_SQLITE_NO_LONGER_PENDING, {"ids": json.dumps([row.submission_id for row in pending])})
+    if decided := [*new, *pending]:
+        connection.exec_driver_sql(_SQLITE_INSERT_DECISIONS[0], _SQLITE_INSERT_DECISIONS[1](decided))
+    for row in pending:
+        del found[row.submission_id]
+    return {submission_id: known.sha256 for submission_id, known in found.items()}
 
 
-def _sqlite_insert(table: type[Base]) -> tuple[str, Callable[[list[ScoredSubmission]], list[tuple[Any, ...]]]]:
-    """An INSERT and what makes its parameters: those that SQLAlchemy would send, a column at a time and not a value."""
-    dialect = sqlite.dialect()
-    columns = [column for column in table.__table__.c if hasattr(ScoredSubmission, column.name)]
-    get = attrgetter(*(column.name for column in columns))
-    processors = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in columns]
-
-    def values(rows: list[ScoredSubmission]) -> list[tuple[Any, ...]]:
-        by_column = zip(*map(get, rows), strict=True)
-        sent = (map(process, given) if process else given for process, given in zip(processors, by_column, strict=True))
-        return list(zip(*sent, strict=True))
-
-    sql = insert(table).compile(dialect=dialect, column_keys=[column.name for column in columns])
-    return str(sql), values
-
-
-_SQLITE_SEEN = select(Submission.submission_id, Submission.text_sha256).where(
-    Submission.submission_id.in_(select(func.json_each(bindparam("ids")).table_valued("value")))
+_IN_JSON_IDS = in_json_list(Submission.__table__.c.submission_id)
+_SQLITE_FOUND = select(Submission.submission_id, Submission.state, Submission.text_sha256, SHA256_THAT_COUNTS).where(
+    _IN_JSON_IDS
 )
-_SQLITE_INSERTS = [_sqlite_insert(Submission), _sqlite_insert(Decision)]
+_SQLITE_NO_LONGER_PENDING = update(Submission).where(_IN_JSON_IDS).values(state=DECIDED)
+_SQLITE_INSERT_SUBMISSIONS = sqlite_insert(ScoredSubmission, Submission)
+_SQLITE_INSERT_DECISIONS = sqlite_insert(ScoredSubmission, Decision)
 
 
 def store_policy(connection: Connection, text: str, *, now: datetime) -> str:
@@ -241,9 +247,12 @@ def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[st
     for ids in chunks(submission_ids):
         dead = select(DeadLetter.dead_letter_id).where(DeadLetter.dead_letter_id.in_(ids))
         found |= dict.fromkeys(connection.scalars(dead), "dead")
-        # A conflicting repetition is a dead letter under the id of the submission that was decided.
-        decided = select(Decision.submission_id).where(Decision.submission_id.in_(ids))
-        found |= dict.fromkeys(connection.scalars(decided), "decided")
+        # After the letters: one may stand under the id of a submission that was decided before it came again.
+        ended = Submission.submission_id.in_(ids), Submission.state != PENDING
+        for submission_id, state in connection.execute(
+            select(Submission.submission_id, Submission.state).where(*ended)
+        ):
+            found[submission_id] = "dead" if state == DEAD else "decided"
     return found
 
 
@@ -402,10 +411,12 @@ class Totals:
     """Decisions by the model's action; an action never taken is absent."""
     dead_letters: int
     reviews: int
+    pending: int
+    """Durable submissions on their way."""
 
 
 def totals(connection: Connection) -> Totals:
-    """Count decisions, dead letters and reviews."""
+    """Count decisions, dead letters, reviews and what is pending."""
     by_action = select(Decision.action, func.count()).group_by(Decision.action)
     actions = dict(connection.execute(by_action).all())
     return Totals(
@@ -413,6 +424,7 @@ def totals(connection: Connection) -> Totals:
         actions=actions,
         dead_letters=connection.scalar(select(func.count()).select_from(DeadLetter)) or 0,
         reviews=connection.scalar(select(func.count()).select_from(Review)) or 0,
+        pending=connection.scalar(select(func.count()).where(IS_PENDING)) or 0,
     )
 
 

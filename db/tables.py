@@ -7,7 +7,19 @@ Times are UTC. Scores are probabilities from 0 to 1. Nothing here is overwritten
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text, TypeDecorator, text
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    Text,
+    TypeDecorator,
+    literal,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from config.names import MAX_ID_CHARS
@@ -40,6 +52,9 @@ class Base(DeclarativeBase):
     }
 
 
+PENDING, DECIDED, DEAD = "pending", "decided", "dead"
+"""States of a submission, see there."""
+
 SUBMISSION_ID_CHARS = 255
 VERSION_CHARS = 100
 
@@ -52,6 +67,7 @@ class Submission(Base):
         Index("ix_submissions_comment", "community", "comment_id"),
         Index(
             "ix_submissions_pending",
+            "queue",
             "enqueued_at",
             postgresql_where=text("state = 'pending'"),
             sqlite_where=text("state = 'pending'"),
@@ -86,6 +102,10 @@ class Submission(Base):
     """When its message was last put on the queue, by the database's clock."""
     erased_at: Mapped[datetime | None]
     """When text, context and perhaps author were erased; null where they were not."""
+
+
+IS_PENDING = Submission.state == literal(PENDING, literal_execute=True)
+"""Written out in the statement, so that SQLite sees that the index of pending submissions fits."""
 
 
 class Decision(Base):

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from db import dead_letters
 from db.dead_letters import DeadLetterRow
+from db.durable import PendingSubmission
 from db.queries import (
     ScoredSubmission,
     record_decisions,
@@ -58,6 +59,21 @@ def scored(submission_id: str, text: str | None = None, **changes: Any) -> Score
         queue_ms=1.5,
         compute_ms=2.5,
         decided_at=NOON,
+    )
+    return replace(row, **changes)
+
+
+def pending(submission_id: str, text: str | None = None, **changes: Any) -> PendingSubmission:
+    """The durable submission that `scored` decides."""
+    decided = scored(submission_id, text)
+    same = ("submission_id", "community", "comment_id", "author", "text_sha256", "language", "context", "created_at")
+    row = PendingSubmission(
+        **{name: getattr(decided, name) for name in same},
+        text=decided.text or "",
+        submitted_at=decided.submitted_at,
+        queue="toxicity",
+        expires_at=None,
+        enqueued_at=NOON,
     )
     return replace(row, **changes)
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,11 +35,12 @@ from api_client.client import (
 )
 from api_client.publishing import new_task_id, push
 from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
-from config.settings import ROOT, SettingsError
+from config.settings import ROOT, SettingsError, settings
 from db import queries
+from db.durable import overdue
 from db.migrate import SchemaMismatch
 from db.queries import NoSuchDecision, NoSuchVersion
-from db.session import DatabaseProblem, open_database, writing
+from db.session import DatabaseProblem, open_database, reading, writing
 from tests.integration.rows import NOON, decide, letter, minutes, scored
 from tests.services import wait_until
 
@@ -57,6 +58,24 @@ def producer(redis_url: str, empty_sqlite_url: str) -> Iterator[ModerationClient
     """A client that only submits: its database has no tables, and is never asked."""
     with ModerationClient(redis_url, empty_sqlite_url) as client:
         yield client
+
+
+@pytest.fixture
+def set_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Changes settings of the section client, for clients made afterwards."""
+
+    def change(**changes: Any) -> None:
+        for name, value in changes.items():
+            monkeypatch.setenv(f"MODERATO_CLIENT__{name.upper()}", str(value))
+        settings.cache_clear()
+
+    yield change
+    settings.cache_clear()
+
+
+def totals_of(client: ModerationClient) -> queries.Totals:
+    with reading(client._engine) as connection:
+        return queries.totals(connection)
 
 
 def received(url: str, queue: str = "toxicity") -> list[tuple[Any, Message]]:
@@ -219,7 +238,7 @@ class TestTheWireForm:
         with Celery(broker=redis_url, set_as_current=False) as app:
             app.conf.broker_transport_options = {"global_keyprefix": "site:"}
             with app.connection_for_write() as broker:
-                push(app, broker, "toxicity", [("task-1", [{"text": "hello"}])], time.time())
+                push(app, broker, "toxicity", [("task-1", [{"text": "hello"}])], {"submitted_at": time.time()})
         # Then every key is the site's
         with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
             keys = list(redis.scan_iter())
@@ -267,6 +286,70 @@ class TestSendingAgain:
         assert received(redis_url) == []
         producer.submit("hello")
         assert len(received(redis_url)) == 1
+
+
+class TestDurable:
+    def test_a_submission_is_a_row_before_it_is_a_message(self, client: ModerationClient, redis_url: str) -> None:
+        # Given comments with and without keys and other fields
+        comments: list[dict[str, Any]] = [{"text": f"comment {n}"} for n in range(70)]
+        comments[1] |= {"idempotency_key": "post-7", "id": 7, "community": "news", "author": "ann", "language": "en"}
+        comments[1] |= {"created_at": NOON, "expires_at": minutes(5), "context": {"thread": 3}}
+        # When they are submitted durably, and one of them again, alone
+        ids = client.submit_many(comments, durable=True, queue="toxicity.bulk")
+        assert client.submit("comment 1", idempotency_key="post-7", durable=True, queue="toxicity.bulk") == "post-7"
+        # Then every one is a pending row, under the id that a worker will give it
+        with reading(client._engine) as connection:
+            rows = overdue(connection, queue="toxicity.bulk", before=minutes(10_000_000), limit=100)
+        found = {row.submission_id: row for row in rows}
+        assert sorted(found) == sorted(ids)
+        assert [found[submission_id].text for submission_id in ids] == [comment["text"] for comment in comments]
+        row = found["post-7"]
+        assert (row.comment_id, row.community, row.author, row.language) == ("7", "news", "ann", "en")
+        assert (row.created_at, row.expires_at, row.context) == (NOON, minutes(5), {"thread": 3})
+        # And a message, which says when that was
+        messages = received(redis_url, "toxicity.bulk")
+        assert [f"{message.headers['id']}:{n}" for _, message in messages[:1] for n in (0, 2)] == [ids[0], ids[2]]
+        assert [len(body[0][0]) for body, _ in messages] == [64, 6, 1]
+        assert messages[0][1].headers["enqueued_at"] == row.enqueued_at.timestamp()
+        assert messages[0][1].headers["submitted_at"] == pytest.approx(row.submitted_at.timestamp())
+
+    def test_a_key_that_belongs_to_another_text_is_refused(self, client: ModerationClient, redis_url: str) -> None:
+        client.submit("first", idempotency_key="post-7", durable=True)
+        with pytest.raises(InvalidComment, match=r"'post-7' was used before with another text; nothing was submitted"):
+            client.submit_many(["new", {"text": "second", "idempotency_key": "post-7"}], durable=True)
+        assert len(received(redis_url)) == 1
+        assert totals_of(client).pending == 1
+
+    def test_a_text_that_must_not_be_stored_is_refused(self, producer: ModerationClient, redis_url: str) -> None:
+        with pytest.raises(InvalidComment, match="store_text=False forbids what durable needs"):
+            producer.submit("hello", store_text=False, durable=True)
+        with pytest.raises(InvalidComment, match=r"comment 0 .*store_text=False"):
+            producer.submit_many([{"text": "hello", "store_text": False}], durable=True)
+        assert received(redis_url) == []
+
+    def test_redis_may_be_away(self, sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+        # Given a Redis that nobody started
+        with ModerationClient(NOWHERE, sqlite_url) as client:
+            # When comments are submitted durably
+            client.submit("one", durable=True)
+            client.submit_many(["two", "three"], durable=True)
+            # Then they are kept, and it is said once
+            assert totals_of(client).pending == 3
+        [said] = caplog.records
+        assert "redis://:***@127.0.0.1:1/0 cannot be used" in said.message
+        assert "kept in the database" in said.message
+
+    def test_a_database_that_is_away_takes_nothing(self, producer: ModerationClient, redis_url: str) -> None:
+        with pytest.raises(DatabaseProblem, match="comments were not submitted"):
+            producer.submit("hello", durable=True)
+        assert received(redis_url) == []
+
+    def test_the_setting_is_the_default(self, sqlite_url: str, redis_url: str, set_client: Callable[..., None]) -> None:
+        set_client(durable=True)
+        with ModerationClient(redis_url, sqlite_url) as client:
+            client.submit("kept")
+            client.submit_many(["not kept"], durable=False)
+            assert totals_of(client).pending == 1
 
 
 class TestThreads:

@@ -32,7 +32,11 @@ def upgrade() -> None:
         for name, kind in columns.items():
             op.add_column(table, sa.Column(name, kind))
     op.create_index(
-        "ix_submissions_pending", "submissions", ["enqueued_at"], postgresql_where=PENDING, sqlite_where=PENDING
+        "ix_submissions_pending",
+        "submissions",
+        ["queue", "enqueued_at"],
+        postgresql_where=PENDING,
+        sqlite_where=PENDING,
     )
     op.create_table(
         "trials",
