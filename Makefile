@@ -6,13 +6,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-gpu bench-gpu-wheels lock clean
+.PHONY: help install demo test lint bench chaos bench-gpu bench-gpu-wheels lock clean
 
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
 	@echo 'make test   linters, types, import rules and every test'
 	@echo 'make lint   linters, types and import rules only'
 	@echo 'make bench  half an hour on an idle machine: speed, latency, and what one could run instead (see ARGS=--help)'
+	@echo 'make chaos  ten minutes of kills, freezes, full disks and nonsense: is a comment lost or decided twice? (ARGS=--help)'
 	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
 	@echo 'make bench-gpu-wheels  download into bench/wheels what a machine without a package registry lacks for it'
 	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
@@ -42,6 +43,9 @@ test: lint
 
 bench: install .venv-rivals/installed
 	$(BIN)/python -m bench $(ARGS)
+
+chaos: install
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 # What moderato is measured against has an environment of its own: some of it needs an older Celery.
 .venv-rivals/installed: bench/rivals/requirements.txt

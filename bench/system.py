@@ -81,7 +81,9 @@ def _die_with_parent() -> None:
 class Process:
     """A child in a process group of its own, writing to a log."""
 
-    def __init__(self, command: Sequence[str | Path], log: Path, **environment: str) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], log: Path, *, user: str | None = None, **environment: str
+    ) -> None:
         self.log = log
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         with log.open("wb") as output:
@@ -93,6 +95,7 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                user=user,
                 preexec_fn=_die_with_parent,
             )
         self._process = psutil.Process(self._popen.pid)
@@ -113,6 +116,34 @@ class Process:
                 self._popen.wait(10)
         with suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+    @property
+    def status(self) -> int | None:
+        """As it ended; None while it runs, and of one that is frozen."""
+        return self._popen.poll()
+
+    def freeze(self) -> list[psutil.Process]:
+        """SIGSTOP for it and all its descendants, groups of their own or not; `thaw` lets them go on."""
+        with suppress(psutil.NoSuchProcess):
+            self._process.suspend()  # first, so that it makes no more of them
+        family = self.family()
+        for member in family[1:]:
+            with suppress(psutil.NoSuchProcess):
+                member.suspend()
+        return family
+
+    def family(self) -> list[psutil.Process]:
+        """It and its descendants, where it lives."""
+        with suppress(psutil.NoSuchProcess):
+            return [self._process, *self._process.children(recursive=True)]
+        return []
+
+    def kill(self) -> None:
+        """SIGKILL for it and all its descendants, at what is one instant for them."""
+        for member in self.freeze():
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         self._popen.wait()
 
     def said(self) -> str:
@@ -157,12 +188,23 @@ class Process:
         return float(self._process.memory_info().rss) / 2**20
 
 
+def thaw(family: Iterable[psutil.Process]) -> None:
+    """SIGCONT for those that still live."""
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.resume()
+
+
+def celery_command(app: str, queue: str, node: str, python: str | Path = sys.executable) -> list[str | Path]:
+    """What users type to run a Celery worker."""
+    return [python, "-m", "celery", "-A", app, "worker", "-Q", queue, "-n", f"{node}@%h", "-l", "INFO"]
+
+
 def celery_process(
     app: str, queue: str, node: str, log: Path, *options: str, python: str | Path = sys.executable, **environment: str
 ) -> Process:
     """A Celery worker by the command that its users type, ready."""
-    command = [python, "-m", "celery", "-A", app, "worker", "-Q", queue, "-n", f"{node}@%h", "-l", "INFO", *options]
-    process = Process(command, log, **environment)
+    process = Process([*celery_command(app, queue, node, python), *options], log, **environment)
     try:
         process.wait_for(lambda: " ready." in process.said(), f"the start of {app}")
     except BaseException:
@@ -513,7 +555,7 @@ class System:
             rows = connection.exec_driver_sql(
                 "SELECT DISTINCT decided_at, compute_ms, model_version FROM decisions ORDER BY decided_at"
             )
-            return [(_as_time(row[0]), float(row[1]), str(row[2])) for row in rows]
+            return [(as_time(row[0]), float(row[1]), str(row[2])) for row in rows]
 
     def fill_database(self, rows: int) -> None:
         """Add decided submissions by the million, with the identities and sizes of real ones."""
@@ -565,7 +607,7 @@ class System:
         self.client.activate(name, by="bench", reason="bench")
 
 
-def _as_time(value: datetime | str) -> datetime:
+def as_time(value: datetime | str) -> datetime:
     """SQLite's driver gives text."""
     time = datetime.fromisoformat(value) if isinstance(value, str) else value
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time

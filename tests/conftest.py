@@ -98,6 +98,6 @@ def engine(database_url: str) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def tiny_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a small real version, "tiny-1". Shared: a test that changes it takes a copy."""
-    from tests.tiny import write_tiny_version  # here: it loads torch, which most tests do without
+    from bench.tiny import write_tiny_version  # here: it loads torch, which most tests do without
 
     return write_tiny_version(tmp_path_factory.mktemp("versions"), "tiny-1").directory

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from api_client.client import ModerationClient
+from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
 from config.names import LABELS
 from config.settings import ROOT
@@ -23,7 +24,6 @@ from db.session import open_database, writing
 from model.engine import load_scorer
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
-from tests.tiny import write_tiny_version
 
 VERSION = "tiny-1"
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, event, text
 
+from bench.tiny import HOLDOUT, copy_version
 from config.names import INTERACTIVE_QUEUE, LABELS
 from config.settings import ROOT
 from db import dead_letters, queries
@@ -26,7 +27,6 @@ from model.text import TextEncoder, Windows
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.outage import outage
 from tests.services import wait_until
-from tests.tiny import HOLDOUT, copy_version
 from trainer.dataset import read_csv
 from worker.pipeline import EXIT_BROKEN
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from bench.tiny import HOLDOUT, TRAIN, copy_version
 from config.names import LABELS
 from config.settings import Settings, load_settings
 from db import queries
@@ -17,7 +18,6 @@ from model.engine import load_scorer
 from model.version import read_manifest
 from tests.integration.rows import prepare, scored
 from tests.services import wait_until
-from tests.tiny import HOLDOUT, TRAIN, copy_version
 from trainer.dataset import read_csv
 from trainer.retraining import carry_out
 

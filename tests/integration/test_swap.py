@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from bench.tiny import copy_version
 from config.names import STARTER_VERSION
 from config.settings import Settings, load_settings
 from db import queries, trials
@@ -17,7 +18,6 @@ from model.engine import Scorer
 from model.version import WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
 from tests.integration.outage import outage
 from tests.services import wait_until
-from tests.tiny import copy_version
 from worker.swap import VersionFollower
 from worker.trial import LiveTrial
 

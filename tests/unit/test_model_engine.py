@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.tiny import HOLDOUT, copy_version
 from model.engine import Scorer, _choose_onnx, check_probes, load_scorer
 from model.text import TextEncoder, window_starts
 from model.version import ONNX_FILE, STARTER_DIRECTORY, VersionError, read_manifest, write_manifest
-from tests.tiny import HOLDOUT, copy_version
 from trainer.dataset import read_csv
 
 ALONE = 1e-5

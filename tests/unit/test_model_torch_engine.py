@@ -26,6 +26,7 @@ from transformers import (
     RobertaModel,
 )
 
+from bench.tiny import HOLDOUT
 from config.settings import ROOT
 from model.engine import load_scorer
 from model.network import ToxicityNetwork
@@ -33,7 +34,6 @@ from model.packed import PACKED_ATTENTION, PackedTexts, packed_attention
 from model.text import TOKENIZER_FILE
 from model.torch_engine import TorchEngine, first_position, kernel_agrees, load_network, padded_on
 from model.version import STARTER_DIRECTORY
-from tests.tiny import HOLDOUT
 from trainer.dataset import read_csv
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.tiny import copy_version
 from config.names import LABELS, STARTER_VERSION
 from config.settings import ROOT
 from model import version as version_module
@@ -30,7 +31,6 @@ from model.version import (
     write_manifest,
     writing_version,
 )
-from tests.tiny import copy_version
 
 Damage = Callable[[Path], object]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench.tiny import TRAIN, tiny_settings
 from model.network import ToxicityNetwork
 from model.text import TextEncoder
 from model.torch_engine import load_network
-from tests.tiny import TRAIN, tiny_settings
 from trainer.dataset import Dataset, read_csv
 from trainer.training import Progress, Report, TrainingFailed, fine_tune
 
