@@ -1,15 +1,13 @@
 """Strikes: carries out the faults of a plan on a running system, and ends each of them in time."""
 
-import resource
 import shutil
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
-import psutil
 from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -169,14 +167,18 @@ class Monkey:
         system = self._system
         names = ("postgres",) if system.postgres is not None else WORKERS
         bound = max(MIN_FILE_BYTES, system.growing_file.stat().st_size)
-        bounded = [member for name in names for member in system.processes[name].process.family()]
-        _bound_files(bounded, bound)
+        self._bound_files(names, str(bound))
+        # Children that were made meanwhile have the bound too.
+        return lambda: self._bound_files(names, "unlimited")
 
-        def end() -> None:
-            # Children that were made meanwhile have the bound too.
-            _bound_files([member for name in names for member in system.processes[name].process.family()], -1)
-
-        return end
+    def _bound_files(self, names: Sequence[str], most_bytes: str) -> None:
+        # As the processes' own user: another one's limits are not even root's to set in a container.
+        user = self._system.postgres.user if self._system.postgres is not None else None
+        for name in names:
+            for member in self._system.processes[name].process.family():
+                # One that has ended meanwhile is no concern.
+                command = ["prlimit", f"--pid={member.pid}", f"--fsize={most_bytes}:"]
+                subprocess.run(command, user=user, cwd="/", capture_output=True, check=False)
 
     def _locked_database(self, _fault: Fault, strike: Strike) -> End:
         over = threading.Event()
@@ -209,9 +211,3 @@ class Monkey:
                     time.sleep(0.2)
 
         hand.submit(insist)
-
-
-def _bound_files(processes: list[psutil.Process], most_bytes: int) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.rlimit(psutil.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
