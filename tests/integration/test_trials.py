@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 from sqlalchemy import Engine, text
 
+from bench.tiny import HOLDOUT, copy_version
 from config.names import LABELS
 from config.settings import load_settings
 from db import queries, trials
@@ -22,7 +23,6 @@ from model.trial import chooses
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.rows import minutes, prepare, scored
 from tests.services import wait_until
-from tests.tiny import HOLDOUT, copy_version
 from trainer.dataset import read_csv
 from worker.trial import LiveTrial, judge_canary
 
