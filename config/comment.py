@@ -128,4 +128,7 @@ def explain(error: ValidationError) -> str:
 
 def shown(value: object) -> str:
     """A short, printable form of a name that a producer chose; it may be anything."""
-    return ascii(value)[:100]
+    try:
+        return ascii(value)[:100]
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"

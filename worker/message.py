@@ -27,7 +27,7 @@ MAX_DIGITS = 4_000
 JSON_WHITESPACE = b" \t\r\n"
 NAME_ENDS, QUOTED_NAME_ENDS, ESCAPED_BACKSLASH_ENDS = b'":', rb"\":", rb'\\":'
 MAX_NESTING = 64
-"""Levels of lists and objects in a body, more than a comment needs. Deeper ones can be read, but not surely shown."""
+"""Levels of lists and objects in a comment, more than it needs. Deeper ones can be read, but not surely written."""
 NAME = TypeAdapter(Name)
 NAMED = {"community": "community", "comment_id": "id", "author": "author"}
 """Columns of a dead letter to the comment's fields that they repeat."""
@@ -172,7 +172,10 @@ def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail
 
 def _refuse_raw(dead_letter_id: str, detail: str, raw: object) -> Refused:
     """A refusal of what stands in the place of a comment."""
-    payload = json.dumps(raw).encode()
+    try:
+        payload = json.dumps(raw).encode()
+    except RecursionError:  # it takes a few levels more to write it than to read it
+        payload = b""
     fields = raw if isinstance(raw, dict) else {}
     # By these an operator finds it, and whoever wants it erased.
     named = {column: _name(fields.get(name)) for column, name in NAMED.items()}
@@ -285,6 +288,8 @@ def _is_repetitive(value: object) -> bool:
 
 
 def _sound(raw: object) -> Comment:
+    if is_nested_deeper_than(MAX_NESTING, raw):
+        raise _Unsound(f"is nested too deeply; {MAX_NESTING} levels are allowed in all")
     if isinstance(raw, _Repetitive):
         raise _Unsound(f"{shown(raw.repeated)} stands twice; which of them counts is left open")
     if _is_repetitive(raw):
@@ -296,20 +301,14 @@ def _sound(raw: object) -> Comment:
 
 
 def _decode(body: bytes) -> object:
-    too_deep = _Unreadable(
-        Reason.UNREADABLE_MESSAGE, f"the body is nested too deeply; {MAX_NESTING} levels are allowed in all"
-    )
     try:
-        decoded = json.loads(body, object_pairs_hook=_object, parse_int=_integer)
+        return json.loads(body, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
-        raise too_deep from None
+        raise _Unreadable(Reason.UNREADABLE_MESSAGE, "the body is nested too deeply to be read") from None
     except ValueError as error:
         # The error's own text may quote the comment.
         where = f" at character {error.pos:,}" if isinstance(error, json.JSONDecodeError) else ""
         raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"the body is not JSON in UTF-8{where}") from None
-    if is_nested_deeper_than(MAX_NESTING, decoded):
-        raise too_deep
-    return decoded
 
 
 def _integer(digits: str) -> int | float:

@@ -1,9 +1,12 @@
 """Whatever is put into the queue: it is set aside with a reason, its neighbours are decided, the worker goes on."""
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -11,8 +14,10 @@ from uuid import uuid4
 import pytest
 from celery import Celery
 
+from bench.mutate import mutated
 from config.names import MAX_TEXT_BYTES, MODERATE_QUEUE, MODERATE_TASK, Reason
 from tests.acceptance.system import System
+from worker.envelope import MAX_MESSAGE_BYTES
 from worker.message import MAX_PAYLOAD_BYTES
 
 pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
@@ -41,7 +46,27 @@ BAD_COMMENTS: dict[str, object] = {
     "a NUL": {"text": f"{SECRET} \x00"},
     "a context nested too deeply": {"text": SECRET, "context": nested(40)},
     "a time without a zone": {"text": SECRET, "created_at": "2026-01-01T12:00:00"},
+    "a text of 5 MB": {"text": SECRET * 700_000},
+    "nothing that can be seen": {"text": "\u200b\u202e\ufeff\u2060\x07"},
+    "a comment of a later release": {"text": SECRET, "v": 2, "mood": SECRET},
+    "true for an id": {"text": SECRET, "id": True},
+    "a language that is a list": {"text": SECRET, "language": [SECRET]},
 }
+BAD_COMMENTS_IN_JSON = {
+    "a text given twice": f'{{"text": "{SECRET}", "text": "{SECRET} again"}}',
+    "a text given twice, once in disguise": rf'{{"text": "{SECRET}", "t\u0065xt": "{SECRET} again"}}',
+    "NaN in the context": f'{{"text": "{SECRET}", "context": {{"a": [NaN]}}}}',
+    "infinity for a comment": "-Infinity",
+    "an endless number": f'{{"text": "{SECRET}", "context": {{"a": {"7" * 10_000}}}}}',
+}
+ODD_TEXTS = (
+    "\u202etxet siht si sdrawkcab\u202c",
+    "cut\u200b by\u2060 nothing\ufeff",
+    "Z" + "\u0310" * 4_000,
+    "".join(chr(plane << 16 | place) for plane in range(17) for place in (0xA1, 0xABCD) if plane << 16 | place > 0x9F),
+    "\ufdfa" * 500,
+)
+"""Texts that are scored as they are."""
 
 
 class Intruder:
@@ -90,6 +115,16 @@ class Sender:
         self.push(raw)
         self.refused[_sha256(raw)] = what, Reason.UNREADABLE_MESSAGE
 
+    def bad_json(self, what: str, comment: str) -> None:
+        """A comment that no serializer writes, between two good ones."""
+        good = json.dumps({"text": f"{SECRET} is fine"})
+        body = f"[[[{good}, {comment}, {good}]], {{}}, {{}}]"
+        message = self.envelope(body, content_type="application/json", content_encoding="utf-8")
+        self.push(message)
+        message_id = json.loads(message)["headers"]["id"]
+        self.refused[f"{message_id}:1"] = what, Reason.INVALID_COMMENT
+        self.decided += [f"{message_id}:0", f"{message_id}:2"]
+
     def push(self, raw: bytes) -> None:
         self._redis.lpush(MODERATE_QUEUE, raw)
 
@@ -119,6 +154,10 @@ def send_bad_comments(sender: Sender) -> None:
     for place, what in enumerate(BAD_COMMENTS):
         sender.refused[f"{message_id}:{2 * place}"] = what, Reason.INVALID_COMMENT
         sender.decided.append(f"{message_id}:{2 * place + 1}")
+    for what, comment in BAD_COMMENTS_IN_JSON.items():
+        sender.bad_json(what, comment)
+    odd_id = sender.task([{"text": text} for text in ODD_TEXTS])
+    sender.decided += [f"{odd_id}:{place}" for place in range(len(ODD_TEXTS))]
 
 
 def send_untimely_comments(sender: Sender) -> None:
@@ -142,7 +181,7 @@ def send_bad_messages(sender: Sender) -> None:
     sender.bad("a string for a list", Reason.NOT_A_LIST, SECRET)
     sender.good()
     sender.bad("an empty list", Reason.NOT_A_LIST, [])
-    sender.bad("300 comments", Reason.TOO_MANY_COMMENTS, [{"text": SECRET}] * 300)
+    sender.bad("257 comments", Reason.TOO_MANY_COMMENTS, [{"text": SECRET}] * 257)
     sender.bad("another task", Reason.UNKNOWN_TASK, [{"text": SECRET}], task="news.digest")
     sender.good()
     sender.bad_body("a body that is not JSON", f"{{{SECRET}")
@@ -164,6 +203,20 @@ def send_bad_bytes(sender: Sender) -> None:
     sender.bad_bytes("an envelope without a body", json.dumps(envelope | {"body": None}).encode())
     sender.bad_bytes("a body that is not base64", json.dumps(envelope | {"body": f"*{SECRET}*"}).encode())
     sender.bad_bytes("headers that are a list", json.dumps(envelope | {"headers": [SECRET]}).encode())
+    sender.bad_bytes("a task that is a list", json.dumps(envelope | {"headers": {"task": [SECRET]}}).encode())
+    headers = envelope["headers"]
+    for what, compression in (("unknown compression", "application/x-bz2"), ("a list in its place", [1])):
+        odd = envelope | {"headers": headers | {"compression": compression}}
+        sender.bad_bytes(what, json.dumps(odd).encode())
+    bomb = base64.b64encode(zlib.compress(bytes(MAX_MESSAGE_BYTES + 1))).decode()
+    odd = envelope | {"headers": headers | {"compression": "application/x-gzip"}, "body": bomb}
+    sender.bad_bytes("a compression bomb", json.dumps(odd).encode())
+    # Headers that mean nothing to us may be anything
+    odd = envelope | {
+        "headers": headers | {"id": "odd", "eta": [1], "expires": {}, "retries": SECRET, "submitted_at": SECRET}
+    }
+    sender.push(json.dumps(odd).encode())
+    sender.decided.append("odd:0")
     sender.good()
 
 
@@ -193,7 +246,8 @@ def test_bad_input_is_set_aside_with_a_reason(system: System, sender: Sender, tm
         letter = letters[dead_letter_id]
         assert (what, letter.reason) == (what, reason)
         assert SECRET not in letter.detail, what
-        assert len(letter.payload) == min(letter.payload_bytes, MAX_PAYLOAD_BYTES), what
+        kept = 0 if "compression" in what else min(letter.payload_bytes, MAX_PAYLOAD_BYTES)
+        assert len(letter.payload) == kept, what
     assert not intruded.exists()
     # And the good ones are decided
     assert sorted(row.submission_id for row in system.decisions()) == sorted(sender.decided)
@@ -201,3 +255,18 @@ def test_bad_input_is_set_aside_with_a_reason(system: System, sender: Sender, tm
     assert worker.is_running
     assert system.client.nodes() == ([worker.node], [])
     assert SECRET not in worker.log()
+
+
+def test_mutated_messages_harm_nobody(system: System, texts: list[str]) -> None:
+    # Given a worker, and 2,000 messages broken in every way with good ones among them
+    worker = system.start_worker()
+    good = iter(texts)
+    ids: list[str] = []
+    for burst in range(20):
+        system.redis.lpush(MODERATE_QUEUE, *mutated(burst, 100))
+        ids += system.client.submit_many(list(islice(good, 4)))
+    # Then every good one is decided, nothing is left, and the worker is the same
+    system.wait_for_decisions(ids)
+    system.wait_until_nothing_is_left()
+    assert worker.is_running
+    assert system.client.nodes() == ([worker.node], [])

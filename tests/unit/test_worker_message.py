@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.mutate import change_value, mutated, real_messages
 from config.comment import MAX_CONTEXT_NESTING, Comment
 from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_TEXT_BYTES, MODERATE_TASK, Reason
 from worker.envelope import (
@@ -169,6 +171,8 @@ BAD_COMMENTS: dict[str, tuple[object, str]] = {
     "deep context": ({"text": "a", "context": {"a": nested(32)}}, "'context' is nested more than 32 levels deep"),
 }
 BAD_COMMENTS_IN_JSON: dict[str, tuple[str, str]] = {
+    "nested": (json.dumps({"text": nested(MAX_NESTING)}), "64 levels are allowed"),
+    "nested much too deep": (f'{{"text": {"[" * 500}1{"]" * 500}}}', "64 levels are allowed"),
     "infinite context": ('{"text": "a", "context": {"a": 1e999}}', "'context' cannot be written as JSON"),
     "infinite": ('{"text": "a", "context": {"a": -Infinity}}', "'context' cannot be written as JSON"),
     "NaN in the context": ('{"text": "a", "context": {"a": [NaN]}}', "'context' cannot be written as JSON"),
@@ -278,7 +282,6 @@ BAD_BODIES: dict[str, tuple[bytes, Reason, str]] = {
     "nothing": (b"", Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8 at character 0"),
     "not JSON": (b'[[[{"text": hello}]]]', Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8 at character 12"),
     "not UTF-8": (b'[[[{"text": "\xff"}]], {}, {}]', Reason.UNREADABLE_MESSAGE, "not JSON in UTF-8"),
-    "nested": (in_protocol_2([[nested(MAX_NESTING - 2)]]), Reason.UNREADABLE_MESSAGE, "64 levels are allowed"),
     "nested too deep to read": (b"[" * 100_000 + b"]" * 100_000, Reason.UNREADABLE_MESSAGE, "nested too deeply"),
     "not a list": (in_protocol_2([{"text": "a"}]), Reason.NOT_A_LIST, 'args=[[{"text": …}, …]]'),
     "comments as arguments": (in_protocol_2([{"text": "a"}, {"text": "b"}]), Reason.NOT_A_LIST, "one positional"),
@@ -448,13 +451,8 @@ def test_any_headers_are_answered(headers: dict[str, Any], body: Any) -> None:
             "properties": {"body_encoding": "base64"},
         }
     ).encode()
-    # When it comes the way that messages come
-    try:
-        envelope = read_envelope(raw)
-    except MalformedMessage as reason:
-        envelope = malformed_envelope(raw, str(reason))
-    # Then there is an answer
-    assert_answered(parse_message(envelope["headers"], envelope["body"], now=NOW))
+    # When it comes the way that messages come, then there is an answer
+    assert_answered(parse_raw(raw))
 
 
 def assert_answered(parsed: Parsed) -> None:
@@ -467,3 +465,32 @@ def assert_answered(parsed: Parsed) -> None:
         assert len(refused.dead_letter_id) <= 255
         (refused.dead_letter_id + refused.detail).encode()
         assert len(refused.payload) <= min(MAX_PAYLOAD_BYTES, refused.payload_bytes)
+
+
+def test_mutated_messages_are_answered() -> None:
+    sound = base64.b64encode(json.dumps([[[{"text": "fine"}]], {}, {}]).encode()).decode()
+    neighbour = json.dumps(json.loads(real_messages()[0]) | {"body": sound, "headers": HEADERS}).encode()
+    expected = parse_raw(neighbour)
+    assert len(expected.submitted) == 1
+    for raw in mutated(20261122, 2_000):
+        assert_answered(parse_raw(raw))
+        assert parse_raw(neighbour) == expected
+
+
+def parse_raw(raw: bytes) -> Parsed:
+    """As the transport and the intake do."""
+    try:
+        envelope = read_envelope(raw)
+    except MalformedMessage as reason:
+        envelope = malformed_envelope(raw, str(reason))
+    return parse_message(envelope["headers"], envelope["body"], now=NOW)
+
+
+@given(st.integers(0), st.integers(0, 3))
+def test_one_mutated_comment_leaves_its_neighbours_as_they_were(seed: int, place: int) -> None:
+    comments: list[Any] = [{"text": f"{number}", "id": number} for number in range(4)]
+    changed = change_value(random.Random(seed), {"text": "a", "author": "b", "context": {"c": [1]}})
+    parsed = parse(*comments[:place], changed, *comments[place + 1 :])
+    others = [one for one in parsed.submitted if one.submission_id != f"m:{place}"]
+    assert others == [one for one in parse(*comments).submitted if one.submission_id != f"m:{place}"]
+    assert len(parsed.submitted) + len(parsed.refused) == 4
