@@ -26,8 +26,9 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from api_client.limits import Limits, TryLater
 from api_client.pipeline_stats import PipelineStats
-from api_client.publishing import new_task_id, push
+from api_client.publishing import ask, new_task_id, push
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
@@ -305,6 +306,8 @@ class ModerationClient:
 
         Raises:
             InvalidComment: what would not be taken; or a durable submission's idempotency key belongs to another text.
+            QueueFull: too many messages wait already.
+            RateLimited: the community has submitted all that it may for now.
         """
         comment = {
             "text": text,
@@ -328,6 +331,7 @@ class ModerationClient:
         queue: str = MODERATE_QUEUE,
         durable: bool | None = None,
         on_sent: Callable[[list[str]], object] | None = None,
+        on_full: Callable[[TryLater], object] | None = None,
     ) -> SubmissionIds:
         """Send any number of comments, many in one message; when it returns, all of them are in Redis, or durable.
 
@@ -340,18 +344,28 @@ class ModerationClient:
             queue: as for `submit`.
             durable: as for `submit`; one transaction for each step.
             on_sent: is given the ids of each step as it is sent, in the order of the comments.
+            on_full: is called where the queue or a community takes no more, to wait `wait_s`; then the step is tried
+                again. Without it the exception is raised.
 
         Returns:
             Their ids, in the order of the comments.
 
         Raises:
             InvalidComment: a comment would not be taken; the message says which. Those before it are sent.
+            QueueFull, RateLimited: as `submit`. The steps before are sent, as `on_sent` was told.
         """
         ids = SubmissionIds()
         durable = self._settings.durable if durable is None else durable
         for batch in _round_trips(comments, durable):
             sent = len(ids)
-            self._send(batch, queue, durable, ids)
+            while True:
+                try:
+                    self._send(batch, queue, durable, ids)
+                    break
+                except TryLater as later:
+                    if on_full is None:
+                        raise
+                    on_full(later)
             if on_sent is not None:
                 on_sent(ids[sent:])
         return ids
@@ -362,19 +376,31 @@ class ModerationClient:
             for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
         ]
         own_headers = {SUBMITTED_AT_HEADER: time.time()}
+        limits: Limits | None = Limits.of(comments, self._settings)
         new_ids = SubmissionIds()
         for task_id, listed in messages:
             new_ids.add(task_id, listed)
 
+        def ask_first() -> None:
+            nonlocal limits
+            if limits:
+                with self._connections.acquire(block=True) as broker:
+                    ask(broker, queue, len(messages), limits)
+            limits = None
+
         def publish() -> None:
+            nonlocal limits
+            # Once: where Redis took them and its answer was lost, the queue may be full of them.
+            asked, limits = limits, None
             with self._connections.acquire(block=True) as broker:
-                push(self._app, broker, queue, messages, own_headers)
+                push(self._app, broker, queue, messages, own_headers, asked)
 
         if durable:
+            is_there = self._if_broker_is_there(ask_first)
             own_headers[ENQUEUED_AT_HEADER] = self._commit(comments, new_ids, queue, own_headers[SUBMITTED_AT_HEADER])
             # A process that dies here has submitted them: a worker's sweeper sends what nobody did.
-            with self._broker_may_be_away():
-                self._with_broker(publish, KEPT, DURABLE_RESEND_PAUSES_S)
+            if is_there:
+                self._if_broker_is_there(publish)
         else:
             self._with_broker(publish, f"{len(comments)} comments may or may not have been submitted; {SAFE_AGAIN}")
         for task_id, listed in messages:
@@ -402,18 +428,17 @@ class ModerationClient:
             ) from problem
         return now.timestamp()
 
-    @contextmanager
-    def _broker_may_be_away(self) -> Iterator[None]:
-        """Say so once, and go on."""
+    def _if_broker_is_there(self, act: Callable[[], None]) -> bool:
+        """Do something with Redis that may be left to a worker; whether it was done. Said once where it was not."""
         try:
-            yield
-            self._broker_is_away = False
+            self._with_broker(act, KEPT, DURABLE_RESEND_PAUSES_S)
         except BrokerUnavailable as unavailable:
             if not self._broker_is_away:
-                logger.warning(
-                    "%s; durable submissions are kept, and sent when a worker finds them waiting", unavailable
-                )
+                logger.warning("%s", unavailable)
             self._broker_is_away = True
+            return False
+        self._broker_is_away = False
+        return True
 
     # --- Results -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How messages get into Redis: Celery and kombu write each of them, one LPUSH takes them all there.
+"""How messages get into Redis: Celery and kombu write each of them, one command takes them all there.
 
 Owns the producer's wire form, which is that of Celery's `send_task`, field by field. What is left out is what
 `send_task` does again for every message: routing, declaring its queue, a new Redis client and a pipeline of its own.
@@ -17,6 +17,7 @@ from kombu.common import maybe_declare
 from kombu.entity import PERSISTENT_DELIVERY_MODE
 from kombu.serialization import dumps
 
+from api_client.limits import Limits
 from config.names import MODERATE_TASK
 
 
@@ -38,6 +39,7 @@ def push(
     queue: str,
     messages: Sequence[tuple[str, list[dict[str, Any]]]],
     own_headers: Mapping[str, float],
+    limits: Limits | None = None,
 ) -> None:
     """Append messages to a queue, all of them or none, in their order.
 
@@ -45,8 +47,10 @@ def push(
         broker: a connection that no other thread uses meanwhile.
         messages: at least one; of each the task id and its comments.
         own_headers: of each message, beside Celery's: see `config.names`.
+        limits: within which they must stay.
 
     Raises:
+        QueueFull, RateLimited: they do not.
         KombuError, RedisError, OSError: Redis may or may not have taken them.
     """
     channel = broker.default_channel
@@ -80,7 +84,21 @@ def push(
             **route,
         )
         after_task_publish.send(sender=MODERATE_TASK, body=body, headers=headers, **route)
-    channel.client.lpush(pushed.list_key, *pushed.payloads)
+    if limits:
+        limits.take(channel, pushed.list_key, len(pushed.payloads), pushed.payloads)
+    else:
+        channel.client.lpush(pushed.list_key, *pushed.payloads)
+
+
+def ask(broker: Connection, queue: str, messages: int, limits: Limits) -> None:
+    """Use up what so many messages need, as `push` does; they may then be pushed without limits.
+
+    Raises:
+        QueueFull, RateLimited: it is too much; nothing is used up.
+        KombuError, RedisError, OSError: Redis may or may not have done it.
+    """
+    channel = broker.default_channel
+    limits.take(channel, channel._q_for_pri(queue, 0), messages)
 
 
 class _Pushed:

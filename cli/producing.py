@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from cli.terminal import Problem, out, print_json, progress, say, shorten, shown
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, LABELS, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
+    from api_client.limits import TryLater
     from db.queries import Result
 
 Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
@@ -40,11 +42,16 @@ def submit(
             "Only a worker whose -Q names a queue takes from it."
         ),
     ] = MODERATE_QUEUE,
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Commit them to the database first, so that a lost Redis loses none.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the decisions and show them.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
     """Submit comments to be moderated; prints each submission's id, or with --wait its decision.
+
+    Waits where the queue is full, or a community has submitted all that it may for now.
 
     Example: moderato submit "You are right, thank you." "You are an idiot." --wait
 
@@ -75,7 +82,12 @@ def submit(
                 else:
                     print("\n".join(new))
 
-            client.submit_many(comments, queue=queue, on_sent=on_sent)
+            def on_full(later: "TryLater") -> None:
+                update(sent, note=f"waiting: {later}")
+                time.sleep(later.wait_s)
+
+            # Without the option the setting counts.
+            client.submit_many(comments, queue=queue, durable=durable or None, on_sent=on_sent, on_full=on_full)
         if not wait:
             return
         with progress("deciding", len(ids)) as update:

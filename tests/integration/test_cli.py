@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from api_client.client import ModerationClient
 from bench.tiny import write_tiny_version
@@ -20,7 +21,7 @@ from cli.embedded_system import SHORTEST_LIFE_S
 from config.names import LABELS
 from config.settings import ROOT
 from db import queries
-from db.session import open_database, writing
+from db.session import open_database, reading, writing
 from model.engine import load_scorer
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
@@ -109,6 +110,27 @@ class TestSubmitting:
         done = moderato("submit", "--file", "-", stdin=lines)
         assert done.stdout.split()[0] == "my-1"
         assert len(done.stdout.split()) == 2
+
+    def test_waits_while_the_queue_is_full(self, moderato: Moderato, client: ModerationClient, redis_url: str) -> None:
+        # Given a queue that takes no more
+        moderato.environment |= {"MODERATO_CLIENT__MAX_QUEUE_MESSAGES": "1"}
+        client.submit("before")
+        # When comments are submitted
+        with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+            redis.config_resetstat()
+            submitting = moderato.start("submit", "one", "--durable", "--json")
+            wait_until(lambda: "cmdstat_eval" in redis.info("commandstats"), what="an attempt to submit")
+            assert redis.llen("toxicity") == 1
+            # Then that waits until a worker has made room
+            redis.delete("toxicity")
+            out, err = submitting.communicate(timeout=60)
+            assert redis.llen("toxicity") == 1
+        assert submitting.returncode == 0, err
+        [line] = json_lines(out)
+        # And --durable has kept it
+        with reading(client._engine) as connection:
+            assert queries.totals(connection).pending == 1
+            assert queries.outcomes(connection, [line["submission_id"]]) == {}
 
 
 class TestReading:

@@ -33,7 +33,8 @@ from api_client.client import (
     RefusedByGate,
     WaitTimeout,
 )
-from api_client.publishing import new_task_id, push
+from api_client.limits import Limits, QueueFull, RateLimited, TryLater
+from api_client.publishing import ask, new_task_id, push
 from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError, settings
 from db import queries
@@ -238,7 +239,12 @@ class TestTheWireForm:
         with Celery(broker=redis_url, set_as_current=False) as app:
             app.conf.broker_transport_options = {"global_keyprefix": "site:"}
             with app.connection_for_write() as broker:
-                push(app, broker, "toxicity", [("task-1", [{"text": "hello"}])], {"submitted_at": time.time()})
+                limits = Limits(max_queue_messages=2, rates=[("default", 1, 1)])
+                messages = [("task-1", [{"text": "hello"}])]
+                push(app, broker, "toxicity", messages, {"submitted_at": time.time()}, limits)
+                ask(broker, "toxicity", 1, Limits(max_queue_messages=2, rates=[]))
+                with pytest.raises(QueueFull):
+                    ask(broker, "toxicity", 2, Limits(max_queue_messages=2, rates=[]))
         # Then every key is the site's
         with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
             keys = list(redis.scan_iter())
@@ -286,6 +292,121 @@ class TestSendingAgain:
         assert received(redis_url) == []
         producer.submit("hello")
         assert len(received(redis_url)) == 1
+
+
+class TestLimits:
+    @pytest.fixture
+    def redis(self, redis_url: str) -> Iterator[Redis]:
+        with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+            yield redis
+
+    def test_a_full_queue_takes_nothing(
+        self, set_client: Callable[..., None], redis_url: str, sqlite_url: str, redis: Redis
+    ) -> None:
+        # Given a queue that takes two messages
+        set_client(max_queue_messages=2)
+        with ModerationClient(redis_url, sqlite_url) as client:
+            # Then what comes together is taken whole by an empty queue, however much it is
+            client.submit_many(map(str, range(200)))
+            assert redis.llen("toxicity") == 4
+            redis.ltrim("toxicity", 0, 0)
+            # And by one with room for all of it, or not at all, durable or not
+            for durable in (False, True):
+                with pytest.raises(QueueFull, match=r"1 messages wait .* up to 2 .*nothing was submitted") as full:
+                    client.submit_many(map(str, range(100)), durable=durable)
+                assert (full.value.depth, full.value.limit, full.value.wait_s) == (1, 2, 1.0)
+            assert redis.llen("toxicity") == 1
+            assert totals_of(client).pending == 0
+            client.submit("one more", durable=True)
+            with pytest.raises(QueueFull):
+                client.submit("too much")
+            # And another queue has room of its own
+            client.submit("hello", queue="toxicity.bulk")
+
+    def test_who_waits_for_room_goes_on(
+        self, set_client: Callable[..., None], redis_url: str, empty_sqlite_url: str, redis: Redis
+    ) -> None:
+        # Given a full queue that is emptied after a while
+        set_client(max_queue_messages=1)
+        waits: list[TryLater] = []
+
+        def wait(later: TryLater) -> None:
+            waits.append(later)
+            if len(waits) == 3:
+                redis.delete("toxicity")
+
+        with ModerationClient(redis_url, empty_sqlite_url) as producer:
+            producer.submit("before")
+            ids = producer.submit_many(map(str, range(10)), on_full=wait)
+        # Then the step was tried again each time, and sent once
+        assert [type(later) for later in waits] == [QueueFull] * 3
+        [(_, message)] = received(redis_url)
+        assert list(ids) == [f"{message.headers['id']}:{n}" for n in range(10)]
+
+    def test_a_lost_answer_is_not_taken_for_a_full_queue(
+        self, set_client: Callable[..., None], redis_url: str, empty_sqlite_url: str
+    ) -> None:
+        # Given a queue that is full of the very messages whose answer was lost
+        set_client(max_queue_messages=2)
+        with (
+            losing_first_answer_to_a_push(redis_url) as port,
+            ModerationClient(f"redis://127.0.0.1:{port}/0", empty_sqlite_url) as producer,
+        ):
+            ids = producer.submit_many(map(str, range(100)))
+        # Then they are sent again under their ids
+        task_ids = [message.headers["id"] for _, message in received(redis_url)]
+        assert task_ids == [*dict.fromkeys(task_ids)] * 2
+        assert ids[0] == f"{task_ids[0]}:0"
+
+    def test_a_community_may_submit_so_many_in_a_minute(
+        self, set_client: Callable[..., None], redis_url: str, sqlite_url: str, redis: Redis
+    ) -> None:
+        # Given a limit for all communities and others for some
+        set_client(
+            max_comments_per_minute=2,
+            community_max_comments_per_minute__news=1,
+            community_max_comments_per_minute__staff=0,
+        )
+
+        def pass_time(community: str, seconds: float) -> None:
+            key = f"moderato.rate.{community}"
+            used_until = redis.get(key)
+            assert isinstance(used_until, bytes)
+            redis.set(key, float(used_until) - seconds, keepttl=True)
+
+        with ModerationClient(redis_url, sqlite_url) as client:
+            # When one has submitted a minute's worth
+            client.submit_many(["one", "two"])
+            # Then no more of it is taken, nor what comes together with it, durable or not
+            for durable in (False, True):
+                with pytest.raises(
+                    RateLimited, match=r"'default' may submit 2 comments in a minute .*again in"
+                ) as limited:
+                    client.submit_many([{"text": "news", "community": "news"}, "three"], durable=durable)
+                assert (limited.value.community, limited.value.limit) == ("default", 2)
+                assert 0 < limited.value.wait_s <= 30
+            # And others go on, as does one without a limit
+            client.submit("news", community="news", durable=True)
+            client.submit_many({"text": str(n), "community": "staff"} for n in range(10))
+            # And it, too, after the time it was told to wait, once
+            pass_time("default", 30)
+            client.submit("three")
+            with pytest.raises(RateLimited):
+                client.submit("four")
+            # And a batch larger than a minute's worth passes whole, and is waited for
+            pass_time("news", 60)
+            client.submit_many({"text": str(n), "community": "news"} for n in range(10))
+            with pytest.raises(RateLimited) as limited:
+                client.submit("news", community="news")
+            assert limited.value.limit == 1
+            assert 500 < limited.value.wait_s <= 600
+            assert totals_of(client).pending == 1
+        # And Redis forgets a community that submits no more
+        ttl = redis.ttl("moderato.rate.news")
+        assert isinstance(ttl, int)
+        assert 500 < ttl <= 601
+        assert len(received(redis_url)) == 5
+        assert set(redis.scan_iter("moderato.rate.*")) == {b"moderato.rate.default", b"moderato.rate.news"}
 
 
 class TestDurable:
