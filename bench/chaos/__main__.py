@@ -61,7 +61,8 @@ def main(
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     again = f"--seed {seed} --minutes {minutes:g} --database {database}"
-    say(f"seed {seed}: {len(plan)} faults in {minutes:g} minutes. The same again: python -m bench.chaos {again}")
+    again += (f" --faults {faults}" if faults else "") + (" --lose-redis" if lose_redis else "")
+    say(f"seed {seed}: {len(plan)} faults in {minutes:g} minutes. The same again: make chaos ARGS='{again}'")
     report = new_report(shlex.join(["python", "-m", "bench.chaos", *sys.argv[1:]]), quick=minutes < FULL_MINUTES)
     started = time.monotonic()
     folder = RUNS / str(seed)
@@ -106,8 +107,12 @@ def _kinds(chosen: str, database: str, *, lose_redis: bool) -> list[str]:
 
 
 def _small_version(folder: Path) -> Path:
-    from bench.tiny import write_tiny_version  # here: it loads torch
+    # Here: they load torch.
+    from transformers.utils.logging import disable_progress_bar
 
+    from bench.tiny import write_tiny_version
+
+    disable_progress_bar()
     return write_tiny_version(folder, "small").directory
 
 
@@ -135,7 +140,7 @@ def figures(account: Account) -> dict[str, float]:
         **{f"  raised {name}, times": count for name, count in sorted(account.failures.items())},
         "mutated messages": account.mutated,
         "  their comments decided": account.mutated_decided,
-        "  their dead letters": account.mutated_dead,
+        **{f"  their dead letters: {reason}": count for reason, count in sorted(account.mutated_dead.items())},
         "decisions a second, outages included": account.comments_per_s,
         "versions that decided": len(account.versions),
         "versions that a worker refused, times": account.refused_loads,
@@ -148,9 +153,9 @@ def _fill(report: Report, account: Account) -> None:
     report.sections[RECOVERY] = "From the end of a fault to the next committed decision that was submitted after it"
     for kind, seconds in sorted(account.recoveries.items()):
         alone = account.undisturbed.get(kind, [])
-        note = f"{KINDS[kind].what}: {len(seconds)} times"
+        note = f"{len(seconds)} × {KINDS[kind].what}"
         if alone:
-            note += f", {len(alone)} with no other fault about: at most {max(alone):.1f} s"
+            note += f"; {len(alone)} × alone, at most {max(alone):.1f} s"
         report.lines.append(Line(RECOVERY, kind, tuple(seconds), "s", note=note))
 
 

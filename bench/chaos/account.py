@@ -4,7 +4,6 @@ What `submit` raised an error for may have been submitted or not; it is counted 
 one decision at most.
 """
 
-import statistics
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,8 +61,8 @@ class Account:
     """What `submit` raised, and how often."""
     mutated: int = 0
     mutated_decided: int = 0
-    mutated_dead: int = 0
-    """Of the mutated messages' comments; a message that is refused whole counts once."""
+    mutated_dead: dict[str, int] = field(default_factory=dict)
+    """Of the mutated messages' comments, by reason; a message that is refused whole counts once."""
     comments_per_s: float = 0.0
     seconds: float = 0.0
     versions: dict[str, int] = field(default_factory=dict)
@@ -131,7 +130,7 @@ def take_account(system: ChaosSystem, strikes: Sequence[Strike], seconds: float)
         }
         runs = list(connection.execute(text("SELECT state, version FROM training_runs")))
         refused_loads = connection.scalar(text("SELECT count(*) FROM version_loads WHERE error IS NOT NULL"))
-    account = compare(journals, mutated, rows, letters, left)
+    account = compare(journals, mutated, rows, letters, left, strikes)
     account.seconds = seconds
     account.comments_per_s = len(rows) / seconds
     account.training_runs = dict(Counter(run.state for run in runs))
@@ -169,6 +168,7 @@ def compare(
     rows: Sequence[Row],
     letters: Mapping[str, Letter],
     left: Leftovers,
+    strikes: Sequence[Strike] = (),
 ) -> Account:
     """Set against each other what was submitted and what became of it.
 
@@ -176,6 +176,7 @@ def compare(
         rows: every decision.
         letters: every dead letter by its id.
         left: what is still on its way.
+        strikes: tell what had just happened when a comment that is missing was submitted.
     """
     account = Account()
     returned = {sid: sha for journal in journals.values() for sid, sha in journal.returned.items()}
@@ -202,7 +203,8 @@ def compare(
         "every comment that submit returned for is decided or a dead letter",
         (
             f"{sid}, returned to {producer[sid]} at {datetime.fromtimestamp(returned_at[sid]):%H:%M:%S.%f}"
-            f"{', its row is pending' if sid in left.pending else ', seen nowhere since'}"
+            f"{_between(strikes, returned_at[sid])}, "
+            f"{'its row is pending' if sid in left.pending else 'seen nowhere since'}"
             for sid in returned
             if sid not in decided and not letter_of(sid)
         ),
@@ -222,7 +224,7 @@ def compare(
     from_mutated = {sid for ids in (*mutated.pushed, *mutated.unknown) for sid in ids}
     account.mutated = len(mutated.pushed)
     account.mutated_decided = sum(sid in decided for sid in from_mutated)
-    account.mutated_dead = sum(letter_of(sid) is not None for sid in from_mutated)
+    account.mutated_dead = dict(Counter(letter.reason for sid in from_mutated if (letter := letter_of(sid))))
     account.breaks(
         "every mutated message is decided or a dead letter",
         (sid for ids in mutated.pushed for sid in ids if sid not in decided and not letter_of(sid)),
@@ -248,6 +250,18 @@ def compare(
     return account
 
 
+def _between(strikes: Sequence[Strike], at: float) -> str:
+    """The faults that began before and after."""
+    before = max((s for s in strikes if s.began_at <= at), key=lambda s: s.began_at, default=None)
+    after = min((s for s in strikes if s.began_at > at), key=lambda s: s.began_at, default=None)
+    told = ""
+    if before is not None:
+        told += f", {at - before.began_at:.1f} s after {before.fault.kind}"
+    if after is not None:
+        told += f", {after.began_at - at:.1f} s before {after.fault.kind}"
+    return told
+
+
 def recoveries(strikes: Sequence[Strike], rows: Sequence[Row]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds from the end of each fault to the first commit of a decision that was submitted after it, by kind; and
     those of them during which no other fault lasted or struck."""
@@ -266,7 +280,3 @@ def recoveries(strikes: Sequence[Strike], rows: Sequence[Row]) -> tuple[dict[str
         if not any(o.began_at < first_commit[place] and o.ended_at > strike.began_at for o in others):
             alone.setdefault(strike.fault.kind, []).append(seconds)
     return every, alone
-
-
-def median_and_max(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.1f} s, at most {max(seconds):.1f} s"

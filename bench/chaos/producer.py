@@ -34,7 +34,7 @@ from worker.message import parse_message
 SINGLES_PAUSE_S = 0.05
 LISTS_PAUSE_S = 1.5
 LONGEST_LIST = 150
-MUTATED_AT_ONCE = 40
+MUTATED_AT_ONCE = 60
 MUTATED_PAUSE_S = 0.2
 AFTER_FAILURE_S = 0.5
 PATTERN_FILE = "pattern.json"

@@ -235,8 +235,11 @@ class ChaosSystem:
             process.wait_for(lambda process=process: " ready." in process.said(), f"the start of {name}")  # type: ignore[misc]
 
     def start_producers(self) -> None:
-        for number, (name, style) in enumerate([*PRODUCERS.items(), (MUTATED, MUTATED)]):
-            durable = self._durable if self._durable is not None else number % 2 == 1
+        styles = dict(PRODUCERS)
+        if not self._durable:  # what is mutated never is
+            styles[MUTATED] = MUTATED
+        for number, (name, style) in enumerate(styles.items()):
+            durable = number % 2 == 1 if self._durable is None else self._durable
             arguments = [name, style, str(self.seed), str(self.journal(name))]
             environment = self._environment | {"MODERATO_CLIENT__DURABLE": str(durable).lower()}
             self._supervise(
@@ -248,7 +251,7 @@ class ChaosSystem:
 
     def stop_producers(self) -> None:
         """Each finishes the submission that it is at."""
-        for name in (*PRODUCERS, MUTATED):
+        for name in {*PRODUCERS, MUTATED} & self.processes.keys():
             self.processes[name].stop()
 
     def look(self) -> None:

@@ -52,7 +52,7 @@ def test_a_kept_promise_is_counted() -> None:
     assert account.broken == {}
     assert (account.submitted, account.decided, account.dead) == (2, 1, {"worker_died": 1})
     assert (account.unknown, account.unknown_decided) == (1, 1)
-    assert (account.mutated, account.mutated_decided, account.mutated_dead) == (1, 1, 0)
+    assert (account.mutated, account.mutated_decided, account.mutated_dead) == (1, 1, {})
 
 
 def lose(case: Case) -> None:
