@@ -28,7 +28,13 @@ def test_nothing_is_lost_and_nothing_is_decided_twice(tiny_version: Path, tmp_pa
     # Given Redis, PostgreSQL, two workers, a trainer and five producers
     # When the one after the other is killed, frozen, cut off and refused, and sent nonsense all the while
     account, strikes = run(
-        PLAN, seconds=SECONDS, seed=1, database="postgres", version=tiny_version, folder=tmp_path / "chaos"
+        PLAN,
+        seconds=SECONDS,
+        seed=1,
+        database="postgres",
+        version=tiny_version,
+        folder=tmp_path / "chaos",
+        durable=False,
     )
     # Then every comment that submit returned for has one decision or one dead letter
     assert account.broken == {}
