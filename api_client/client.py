@@ -47,7 +47,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, privacy, queries
+from db import dead_letters, privacy, queries, trials
 from db.dead_letters import DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -197,6 +197,8 @@ class Status(Activity):
     """Each worker's newest word on the active version."""
     totals: queries.Totals | None = None
     last_run: queries.RunRow | None = None
+    trial: trials.TrialRow | None = None
+    """That runs now."""
 
 
 class ModerationClient:
@@ -649,11 +651,7 @@ class ModerationClient:
             RefusedByGate: it is worse than what was active when it was trained.
         """
         with self._writing() as connection:
-            run = queries.run_that_wrote(connection, version)
-            if run is not None and run.state == "refused" and not force:
-                raise RefusedByGate(
-                    f"version {version} was refused by the gate, use force to activate it: {run.reason}"
-                )
+            _require_gate(connection, version, force=force)
             activation_id = queries.activate(connection, version=version, by=by, reason=reason, now=datetime.now(UTC))
         self._tell_workers()
         return activation_id
@@ -673,6 +671,101 @@ class ModerationClient:
             )
         self._tell_workers()
         return activation_id
+
+    # --- Trials --------------------------------------------------------------------------------------------------
+
+    def start_trial(
+        self, kind: trials.Kind, version: str, *, share: float, by: str, reason: str, force: bool = False
+    ) -> trials.TrialRow:
+        """Put a version beside the active one; workers load it within seconds.
+
+        Args:
+            kind: `canary`: it decides its share and is rolled back by itself when it leaves the bounds in the
+                settings; `ab`: it decides its share; `shadow`: its scores are recorded, never acted on.
+            share: of the submissions, above 0 and up to 1.
+            force: also where the gate refused the version.
+
+        Raises:
+            TrialIsLive: another trial runs.
+            NoSuchVersion: no version is registered under this name.
+            NothingToTry: it is the active version, or none is active.
+            RefusedByGate: it is worse than what was active when it was trained.
+            ValueError: the share.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share {share:g} must be above 0 and at most 1")
+        with self._writing() as connection:
+            _require_gate(connection, version, force=force)
+            trials.start_trial(
+                connection,
+                kind=kind,
+                candidate=version,
+                share=share,
+                bounds=settings().trial.model_dump(),
+                by=by,
+                reason=reason,
+                now=datetime.now(UTC),
+            )
+            trial = trials.live_trial_of(connection, kind)
+        self._tell_workers()
+        return trial
+
+    def live_trial(self) -> trials.TrialRow | None:
+        """The trial that runs now."""
+        with self._reading() as connection:
+            return trials.live_trial(connection)
+
+    def trial_sides(self, kind: trials.Kind) -> tuple[trials.TrialRow, trials.Side, trials.Side]:
+        """The newest trial of a kind, and what its candidate and the active version decided while it ran.
+
+        Raises:
+            NoTrial: there never was one.
+        """
+        with self._reading() as connection:
+            trial = trials.newest_trial(connection, kind)
+            return trial, *trials.sides(connection, trial)
+
+    def trial_reviews(self, kind: trials.Kind) -> tuple[trials.TrialRow, trials.ReviewedSide, trials.ReviewedSide]:
+        """The same, with what reviewers made of the decisions."""
+        with self._reading() as connection:
+            trial = trials.newest_trial(connection, kind)
+            return trial, *trials.reviewed_sides(connection, trial)
+
+    def shadow_comparison(self, *, limit: int = 10) -> tuple[trials.TrialRow, trials.ShadowComparison]:
+        """The newest shadow, and its scores beside the decisions, with the comments on which they differ most.
+
+        Raises:
+            NoTrial: there never was one.
+        """
+        with self._reading() as connection:
+            trial = trials.newest_trial(connection, "shadow")
+            return trial, trials.shadow_comparison(connection, trial, limit=limit)
+
+    def promote_trial(self, kind: trials.Kind, *, by: str, reason: str) -> trials.TrialRow:
+        """Make the candidate of the live trial the active version; the trial as it ended is returned.
+
+        Raises:
+            NoTrial: no trial of this kind runs.
+        """
+        with self._writing() as connection:
+            live = trials.live_trial_of(connection, kind)
+            trials.promote_trial(connection, live, by=by, reason=reason, now=datetime.now(UTC))
+            trial = trials.newest_trial(connection, kind)
+        self._tell_workers()
+        return trial
+
+    def stop_trial(self, kind: trials.Kind, *, by: str, reason: str) -> trials.TrialRow:
+        """End the live trial; the active version decides everything again. The trial as it ended is returned.
+
+        Raises:
+            NoTrial: no trial of this kind runs.
+        """
+        with self._writing() as connection:
+            live = trials.live_trial_of(connection, kind)
+            trials.end_trial(connection, live.trial_id, outcome="stopped", by=by, verdict=reason, now=datetime.now(UTC))
+            trial = trials.newest_trial(connection, kind)
+        self._tell_workers()
+        return trial
 
     def _tell_workers(self) -> None:
         # The row is the truth and workers look for it every few seconds; this only makes it faster.
@@ -705,6 +798,7 @@ class ModerationClient:
                 status.active = queries.active(connection)
                 status.loads = queries.loads(connection, status.active.activation_id) if status.active else []
                 status.totals = queries.totals(connection)
+                status.trial = trials.live_trial(connection)
                 status.last_run = next(iter(queries.runs(connection, limit=1)), None)
         except DatabaseProblem as problem:
             status.problems.append(str(problem))
@@ -795,6 +889,12 @@ class ModerationClient:
             url = without_password(self._database_url)
             # Not from the error: whoever logs the chain would log what the driver quotes.
             raise DatabaseProblem(f"the database {url} cannot be used: {without_rows(error)}") from None
+
+
+def _require_gate(connection: Connection, version: str, *, force: bool) -> None:
+    run = queries.run_that_wrote(connection, version)
+    if run is not None and run.state == "refused" and not force:
+        raise RefusedByGate(f"version {version} was refused by the gate, use force to activate it: {run.reason}")
 
 
 def _mailbox(exchange: str, broker: BrokerConnection) -> Any:

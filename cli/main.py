@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import offline, privacy, producing, status, system, training, versions
+from cli import offline, privacy, producing, status, system, training, trials, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -49,6 +49,9 @@ app.command()(versions.rollback)
 app.command()(offline.score)
 app.command()(offline.evaluate)
 app.command()(training.train)
+app.add_typer(trials.canary, name="canary")
+app.add_typer(trials.shadow, name="shadow")
+app.add_typer(trials.ab, name="ab")
 app.add_typer(system.database, name="db")
 
 if __name__ == "__main__":

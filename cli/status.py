@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cli.terminal import out, print_json, say, shown
+from cli.versions import trial_line
 
 if TYPE_CHECKING:
     from api_client.client import Activity, ModerationClient, Status
@@ -115,6 +116,8 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
     for load in state.loads:
         refusal = "" if load.error is None else f", refused the active one: {load.error}"
         lines.append(_line("", f"{load.worker} runs {load.version}{refusal}"))
+    if state.trial is not None:
+        lines.append(_line("trial", trial_line(state.trial)))
     if state.totals is not None:
         totals = state.totals
         actions = ", ".join(f"{action} {count:,}" for action, count in sorted(totals.actions.items()))

@@ -1,12 +1,16 @@
 """Commands on model versions: which there are, which one decides, and changing it while comments stream."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import out, print_json, say, shown, user
+
+if TYPE_CHECKING:
+    from api_client.client import ModerationClient
+    from db.trials import TrialRow
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
@@ -19,6 +23,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     with ModerationClient() as client:
         versions, activations = client.versions(), client.activations(limit=5)
         loads = client.loads(activations[0].activation_id) if activations else []
+        trial = client.live_trial()
     active = activations[0].version if activations else None
     if as_json:
         listed = [
@@ -31,7 +36,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
             }
             for row in versions
         ]
-        print_json({"versions": listed, "activations": activations, "loads": loads})
+        print_json({"versions": listed, "activations": activations, "loads": loads, "trial": trial})
         return
     table = Table("", "version", "parent", "registered", "mean ROC-AUC", "held-out rows")
     for row in versions:
@@ -54,6 +59,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
             f"runs {load.version}" if load.error is None else f"refused it, goes on with {load.version}: {load.error}"
         )
         out.print(Text(f"{shown(load.loaded_at)}  {load.worker} {what}"))
+    if trial is not None:
+        out.print(Text(f"{shown(trial.started_at)}  {trial_line(trial)}"))
 
 
 def activate(
@@ -68,13 +75,7 @@ def activate(
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        if version not in {row.version for row in client.versions()}:
-            from config.settings import settings
-            from model.version import verify, version_directory
-
-            # Trained by `moderato train`, or copied here: on disk, but not known to the database yet.
-            directory = version_directory(version, settings().versions_dir)
-            client.register(verify(directory, expected_version=version).model_dump())
+        register_from_disk(client, version)
         client.activate(version, by=user(), reason=reason, force=force)
     say(f"{version} is the active version; `moderato models` shows which worker runs it")
 
@@ -91,3 +92,23 @@ def rollback(reason: Annotated[str | None, typer.Option(help="Why, for the recor
         active = client.active()
     assert active is not None  # it was just activated
     say(f"{active.version} is the active version again")
+
+
+def register_from_disk(client: "ModerationClient", version: str) -> None:
+    """Make a version known that was trained by `moderato train`, or copied here, and is not known yet."""
+    if version in {row.version for row in client.versions()}:
+        return
+    from config.settings import settings
+    from model.version import verify, version_directory
+
+    directory = version_directory(version, settings().versions_dir)
+    client.register(verify(directory, expected_version=version).model_dump())
+
+
+def trial_line(trial: "TrialRow") -> str:
+    """A live trial in a line."""
+    does = "shadows" if trial.kind == "shadow" else "decides"
+    return (
+        f"{trial.kind}: {trial.version} {does} {100 * trial.share:.4g} % of the submissions beside {trial.baseline}, "
+        f"started by {trial.started_by}: {trial.reason}"
+    )

@@ -112,6 +112,20 @@ def live_trial(connection: Connection) -> TrialRow | None:
     return first(connection, select(Trial).where(Trial.outcome.is_(None)), TrialRow)
 
 
+def live_trial_of(connection: Connection, kind: Kind) -> TrialRow:
+    """The trial that runs now, if it is of this kind.
+
+    Raises:
+        NoTrial: none runs, or one of another kind.
+    """
+    live = live_trial(connection)
+    if live is None:
+        raise NoTrial(f"no {kind} runs; begin one: moderato {kind} start VERSION")
+    if live.kind != kind:
+        raise NoTrial(f"no {kind} runs, but a trial of another kind: {live.kind} of {live.version}")
+    return live
+
+
 def newest_trial(connection: Connection, kind: Kind) -> TrialRow:
     """The newest trial of a kind, running or over.
 

@@ -49,13 +49,10 @@ class Shift:
     def is_beyond(self) -> bool:
         return abs(self.difference) > self.limit
 
-    def __str__(self) -> str:
-        return f"{self.name} {self.candidate:.4f} (active {self.baseline:.4f}, may differ by {self.limit:.4f})"
-
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Whether a candidate must be rolled back, and the reason in words with every number used."""
+    """Whether a candidate must be rolled back, and the reason in words with the numbers that led to it."""
 
     rolls_back: bool
     reason: str
@@ -80,7 +77,6 @@ def judge(candidate: Side, baseline: Side, bounds: TrialSettings) -> Judgement:
         f"{candidate.version} decided {candidate.decisions} and failed to score {candidate.errors}, "
         f"{baseline.version} decided {baseline.decisions}"
     )
-    figures = f"{counted}; means: {', '.join(map(str, shifts))}" if shifts else counted
     failures = []
     surely_failed = wilson_interval(candidate.errors, tried, STANDARD_ERRORS)[0]
     if candidate.errors >= LEAST_ERRORS and surely_failed > bounds.max_error_rate:
@@ -96,10 +92,10 @@ def judge(candidate: Side, baseline: Side, bounds: TrialSettings) -> Judgement:
             if shift.is_beyond
         ]
     if failures:
-        return Judgement(True, f"out of bounds: {'; '.join(failures)}. {figures}", shifts, missing)
+        return Judgement(True, f"out of bounds: {'; '.join(failures)}. {counted}", shifts, missing)
     if missing:
-        return Judgement(False, f"{missing} decisions are missing to judge the scores. {figures}", shifts, missing)
-    return Judgement(False, f"within bounds. {figures}", shifts, missing)
+        return Judgement(False, f"{missing} decisions are missing to judge the scores. {counted}", shifts, missing)
+    return Judgement(False, f"within bounds. {counted}", shifts, missing)
 
 
 def compare(candidate: Side, baseline: Side, bounds: TrialSettings) -> list[Shift]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy import Engine
 
 from api_client.client import ModerationClient
 from bench.tiny import write_tiny_version
@@ -22,6 +23,7 @@ from config.names import LABELS
 from config.settings import ROOT
 from db import queries
 from db.session import open_database, reading, writing
+from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
@@ -445,3 +447,101 @@ def children(pid: int) -> list[int]:
     """Every process below this one."""
     below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return below + [grandchild for child in below for grandchild in children(child)]
+
+
+class TestTrials:
+    """Each command on decisions that are written here; what workers make of a trial is tested elsewhere."""
+
+    @pytest.fixture
+    def database(self, sqlite_url: str, client: ModerationClient) -> Iterator[Engine]:
+        """v1 is the active version."""
+        decide(sqlite_url)
+        client.activate("v1", by="me", reason="first")
+        engine = open_database(sqlite_url)
+        yield engine
+        engine.dispose()
+
+    def test_a_canary(self, moderato: Moderato, client: ModerationClient, database: Engine) -> None:
+        # Given a canary of a version that is only on disk, which decided a comment and failed on another
+        started = moderato("canary", "start", VERSION, "--share", "5", "--reason", "to see").stderr
+        assert f"{VERSION} decides 5 % of the submissions beside v1" in started
+        trial = client.live_trial()
+        assert trial is not None
+        now = trial.started_at
+        with writing(database) as connection:
+            queries.record_decisions(
+                connection,
+                [scored("c", model_version=VERSION, toxic=0.9, action="hide", decided_at=now)]
+                + [scored(f"b{n}", decided_at=now) for n in range(3)],
+            )
+            record_trial_scores(
+                connection, [TrialScoreRow(trial_id=1, submission_id="b0", error="RuntimeError", scored_at=now)]
+            )
+        # Then its status says how it does
+        shown = moderato("canary", "status").stdout
+        assert "to see" in shown
+        assert "5.0% of the submissions asked for, 50.0% of what was decided went to it" in shown
+        assert "1 of 2 it failed to score (50.0%, 1.0% allowed)" in shown
+        assert "+0.8000" in shown
+        assert "199 decisions are missing to judge the scores" in shown
+        told = json.loads(moderato("canary", "status", "--json").stdout)
+        assert (told["actual_share"], told["error_rate"], told["missing_decisions"]) == (0.5, 0.5, 199)
+        assert told["shifts"][0] == {
+            "name": "toxic",
+            "candidate": pytest.approx(0.9),
+            "active": pytest.approx(0.1),
+            "difference": pytest.approx(0.8),
+            "may_differ_by": None,
+        }
+        # And so do the commands on versions and on the system
+        line = f"canary: {VERSION} decides 5 % of the submissions beside v1"
+        assert line in moderato("models").stdout
+        assert line in moderato("status").stdout
+        # And another trial has to wait, whose names are not those of this one
+        assert "a trial runs already" in moderato("ab", "start", "v2", status=1).stderr
+        assert "no ab runs, but a trial of another kind: canary" in moderato("ab", "promote", status=1).stderr
+        # When it is stopped
+        assert "v1 decides alone" in moderato("canary", "stop", "--reason", "enough seen").stderr
+        assert "stopped at" in (shown := moderato("canary", "status").stdout)
+        assert "enough seen" in shown
+
+    def test_a_shadow(self, moderato: Moderato, client: ModerationClient, database: Engine) -> None:
+        moderato("shadow", "start", "v2")
+        assert "0 submissions compared" in moderato("shadow", "compare").stdout
+        scores: dict[str, Any] = dict.fromkeys(LABELS, 0.5)
+        with writing(database) as connection:
+            queries.record_decisions(connection, [scored("a", text="mind your words")])
+            record_trial_scores(
+                connection,
+                [TrialScoreRow(trial_id=1, submission_id="a", action="hide", scored_at=minutes(1), **scores)],
+            )
+        shown = moderato("shadow", "compare").stdout
+        assert "1 actions would have been others (100.0%)" in shown
+        assert "0.4800" in shown and "mind your words" not in shown
+        assert "mind your words" in moderato("shadow", "compare", "--text").stdout
+        told = json.loads(moderato("shadow", "compare", "--json").stdout)
+        assert (told["actions"], told["changed"]) == ({"allow": {"hide": 1}}, 1)
+        assert told["differences"] == [
+            {"submission_id": "a", "action": "allow", "shadow_action": "hide", "most": pytest.approx(0.48)}
+        ]
+        moderato("shadow", "stop")
+        assert client.live_trial() is None
+
+    def test_an_ab_test(self, moderato: Moderato, client: ModerationClient, database: Engine) -> None:
+        moderato("ab", "start", "v2")
+        trial = client.live_trial()
+        assert trial is not None and trial.share == 0.5
+        with writing(database) as connection:
+            rows = [scored(f"c{n}", model_version="v2", decided_at=trial.started_at) for n in range(10)]
+            queries.record_decisions(connection, rows)
+        for n in range(10):
+            client.review(f"c{n}", action="hide" if n < 8 else "allow", reviewer="ann")
+        assert "49.0% to 94.3%" in moderato("ab", "compare").stdout
+        told = json.loads(moderato("ab", "compare", "--json").stdout)
+        assert (told["candidate"]["overturned"], told["candidate"]["overturned_share"]) == (8, 0.8)
+        assert (told["active"]["reviewed"], told["active"]["overturned_share"]) == (0, None)
+        # When the candidate wins
+        assert "v2 is the active version" in moderato("ab", "promote").stderr
+        active = client.active()
+        assert active is not None and active.version == "v2"
+        assert client.live_trial() is None

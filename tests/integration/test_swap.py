@@ -14,6 +14,7 @@ from config.settings import Settings, load_settings
 from db import queries, trials
 from db.queries import LoadRow
 from db.session import open_database, reading, writing
+from db.trials import TrialScoreRow
 from model.engine import Scorer
 from model.version import WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
 from tests.integration.outage import outage
@@ -113,7 +114,7 @@ def start_canary(engine: Engine, candidate: str) -> int:
             kind="canary",
             candidate=candidate,
             share=0.25,
-            bounds={},
+            bounds=load_settings({}).trial.model_dump(),
             by="me",
             reason="test",
             now=datetime.now(UTC),
@@ -328,6 +329,27 @@ class TestFollowing:
         publish("v3")
         assert worker.word(activate(engine, "v3")).version == "v3"
         assert worker.trials[3:] == [None]
+
+    def test_a_canary_out_of_bounds_is_rolled_back(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+    ) -> None:
+        publish("v2")
+        trial_id = start_canary(engine, "v2")
+        worker.look_until(lambda: len(worker.trials) == 1, "the trial")
+        # When its candidate fails at five comments
+        failures = [
+            TrialScoreRow(trial_id=trial_id, submission_id=str(n), error="RuntimeError", scored_at=datetime.now(UTC))
+            for n in range(5)
+        ]
+        with writing(engine) as connection:
+            trials.record_trial_scores(connection, failures)
+        # Then the worker ends it
+        worker.look_until(lambda: worker.trials[1:] == [None], "the end of the trial")
+        with reading(engine) as connection:
+            trial = trials.newest_trial(connection, "canary")
+        assert (trial.outcome, trial.ended_by) == ("rolled_back", WORKER)
+        assert trial.verdict is not None
+        assert "it failed to score 5 of 5 comments (100.0%)" in trial.verdict
 
     def test_a_candidate_that_cannot_be_loaded_ends_its_trial(
         self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
