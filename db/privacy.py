@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from config.names import Reason
 from db import dead_letters
 from db.session import without_rows
-from db.tables import DeadLetter, Decision, Erasure, Submission
+from db.tables import DEAD, DECIDED, IS_PENDING, DeadLetter, Decision, Erasure, Submission
 
 RETENTION = "retention"
 RETENTION_STEP = 2_000
@@ -59,7 +59,7 @@ def erasable(connection: Connection, subject: Subject) -> Erased:
     return Erased(
         submissions=connection.scalar(count(Submission).where(*submissions)) or 0,
         dead_letters=connection.scalar(count(DeadLetter).where(*letters)) or 0,
-        undecided=connection.scalar(count(Submission).where(*submissions, Submission.state == "pending")) or 0,
+        undecided=connection.scalar(count(Submission).where(*submissions, IS_PENDING)) or 0,
     )
 
 
@@ -89,7 +89,7 @@ def erase(connection: Connection, subject: Subject, *, by: str, reason: str | No
 def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) -> int:
     pending = (
         select(Submission)
-        .where(*_of_submissions(subject), Submission.state == "pending")
+        .where(*_of_submissions(subject), IS_PENDING)
         # In the order of ids, as workers record, so that two never wait for each other in a circle.
         .order_by(Submission.submission_id)
         .with_for_update()
@@ -112,8 +112,6 @@ def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) 
         for row in rows
     ]
     dead_letters.record(connection, letters)
-    dead = update(Submission).where(*_of_submissions(subject), Submission.state == "pending").values(state="dead")
-    connection.execute(dead)
     return len(rows)
 
 
@@ -176,7 +174,7 @@ def erase_expired(connection: Connection, *, keep_days: float, by: str, now: dat
     decided = select(Decision.submission_id).where(*_between(Decision.decided_at, start, until))
     set_aside = select(DeadLetter.dead_letter_id).where(*_between(DeadLetter.received_at, start, until))
     submissions = 0
-    for state, ids in ("decided", decided), ("dead", set_aside):
+    for state, ids in (DECIDED, decided), (DEAD, set_aside):
         expired = Submission.submission_id.in_(ids), Submission.state == state, _HOLDS_TEXT
         submissions += _erase_submissions(connection, *expired, now=now)
     payloads = update(DeadLetter).where(*_between(DeadLetter.received_at, start, until), _HOLDS_PAYLOAD)
