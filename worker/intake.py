@@ -7,6 +7,7 @@ word there that deliveries are settled.
 import gc
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -57,6 +58,8 @@ MAX_DELIVERIES = 5
 """A comment that was delivered so often, and whose worker died each time, is not tried again."""
 STEADY_S = 60.0
 """A connection that lasted so long was sound: pauses begin anew after it."""
+LAST_WORDS_S = 5.0
+"""For Redis to hear what a worker that ends still has to say."""
 LONGEST_QUEUE_AGE_S = 366 * 86_400
 
 
@@ -145,6 +148,10 @@ class Intake(bootsteps.StartStopStep):
                 timer.cancel()
         if consumer.blueprint.state != bootsteps.RUN:  # else the connection is lost, and the step starts again
             self._drain()
+            # All that is left is telling Redis. One that stands still would take a timeout for each word.
+            last_words = threading.Timer(LAST_WORDS_S, _end_without_redis)
+            last_words.daemon = True
+            last_words.start()
 
     def _start_pipeline(self, worker: str) -> Pipeline:
         database = open_database(settings().database_url)
@@ -258,16 +265,18 @@ class Intake(bootsteps.StartStopStep):
                 # Its channel is gone, so the message comes again, and is found to be decided.
                 logger.debug("an acknowledgement was not sent (%r); its message repeats", error)
 
-    def _renew_leases(self) -> None:
+    def _renew_leases(self) -> bool:
+        """Whether they are renewed; where they are not, that is said."""
         try:
             self._channel.qos.renew_leases()
         except Exception as error:
             # The connection is lost, which the event loop finds out by itself; or Redis refuses to write.
             if self._renewals.begin():
                 logger.warning("leases cannot be renewed (%s); what is held may come again", type(error).__name__)
-        else:
-            if self._renewals.end():
-                logger.warning("leases are renewed again")
+            return False
+        if self._renewals.end():
+            logger.warning("leases are renewed again")
+        return True
 
     def _drain(self) -> None:
         """Finish what is in hand. The event loop has stopped, so its work is done here."""
@@ -284,11 +293,18 @@ class Intake(bootsteps.StartStopStep):
                 self._pipeline.stop_waiting()
                 return
             if time.monotonic() >= renew_at:
-                self._renew_leases()
-                renew_at = time.monotonic() + self._settings.visibility_timeout_s / 3
+                # Nobody connects anew any more, and a Redis that stands still takes a timeout for each attempt.
+                reached = self._renew_leases()
+                renew_at = time.monotonic() + self._settings.visibility_timeout_s / 3 if reached else math.inf
             self._settled_some.wait(timeout=1.0)
             self._settled_some.clear()
             self._acknowledge_settled()
+
+
+def _end_without_redis() -> None:
+    logger.warning("Redis does not answer; this worker ends without it, and what it held returns by its lease")
+    logging.shutdown()
+    os._exit(0)
 
 
 @control_command(name=ACTIVATION_CHANGED)

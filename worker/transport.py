@@ -678,7 +678,7 @@ def transport_options(visibility_timeout_s: float) -> dict[str, Any]:
         "unacked_restore_interval": 2,
         "priority_steps": [0, 3, 6, 9],
         "socket_connect_timeout": 5,
-        "socket_timeout": 30,
+        "socket_timeout": 10,
         "socket_keepalive": True,
         "health_check_interval": 10,
     }
