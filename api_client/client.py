@@ -29,6 +29,7 @@ from sqlalchemy.exc import DBAPIError
 from api_client.limits import Limits, TryLater
 from api_client.pipeline_stats import PipelineStats
 from api_client.publishing import ask, new_task_id, push
+from api_client.retrying import NotRetryable, comments_of
 from config.comment import Comment, explain
 from config.names import (
     ACTIVATION_CHANGED,
@@ -48,7 +49,7 @@ from config.names import (
 )
 from config.settings import settings, trainer_settings, without_password
 from db import dead_letters, privacy, queries, trials
-from db.dead_letters import DeadLetterRow
+from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
 
@@ -167,6 +168,16 @@ class Results:
 
         columns = [column.name for column in fields(queries.Result)]
         return pd.DataFrame([[getattr(row, name) for name in columns] for row in self], columns=columns)
+
+
+@dataclass
+class Retried:
+    """What became of dead letters that were to be submitted again."""
+
+    submission_ids: list[str] = field(default_factory=list)
+    """Of the comments that are on their way again."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Letters that stay, by their ids: why."""
 
 
 @dataclass(kw_only=True)
@@ -496,6 +507,75 @@ class ModerationClient:
         """The newest comments and messages that could not be decided, newest first, each with its reason."""
         with self._reading() as connection:
             return dead_letters.newest(connection, limit=limit, reason=reason)
+
+    def dead_letter(self, dead_letter_id: str) -> DeadLetterRow | None:
+        """One dead letter, with its payload; None where there is none of this id."""
+        with self._reading() as connection:
+            return dead_letters.by_id(connection, [dead_letter_id]).get(dead_letter_id)
+
+    def retry_dead_letters(
+        self,
+        dead_letter_ids: Iterable[str] | None = None,
+        *,
+        reason: Reason | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> Retried:
+        """Submit again what was set aside, after its cause was mended. It is durable, whatever the settings say.
+
+        In one transaction a letter is deleted and its comments are pending submissions; then their messages are sent,
+        by a worker's sweeper where this process dies first. So each comment is at any instant in one of them.
+
+        Args:
+            dead_letter_ids: all letters where they are not given.
+            reason: only those set aside for it.
+            on_progress: is told how many letters were looked at, and how many there are.
+        """
+        with self._reading() as connection:
+            ids = dead_letters.ids(connection, reason=reason) if dead_letter_ids is None else [*dead_letter_ids]
+        retried = Retried()
+        for done, dead_letter_id in enumerate(dict.fromkeys(ids), start=1):
+            try:
+                retried.submission_ids += self._retry(dead_letter_id, reason)
+            except (NotRetryable, AlreadyDecided) as why:
+                retried.left[dead_letter_id] = str(why)
+            if on_progress is not None:
+                on_progress(done, len(ids))
+        return retried
+
+    def _retry(self, dead_letter_id: str, reason: Reason | None) -> list[str]:
+        with self._writing() as connection:
+            letter = dead_letters.by_id(connection, [dead_letter_id]).get(dead_letter_id)
+            if letter is None or reason not in (None, letter.reason):
+                raise NotRetryable("there is no such dead letter")
+            comments, now = comments_of(letter), database_time(connection)
+            # Its first time in the queue says nothing of how long it waits now.
+            rows = [_pending(form, submission_id, letter.queue, now, now) for submission_id, form in comments]
+            if not dead_letters.take_back(connection, dead_letter_id, rows):
+                raise NotRetryable("somebody else has just retried or deleted it")
+        forms = [form for _, form in comments]
+        messages = [
+            (new_task_id(), forms[start : start + COMMENTS_PER_MESSAGE])
+            for start in range(0, len(forms), COMMENTS_PER_MESSAGE)
+        ]
+        own_headers = dict.fromkeys((SUBMITTED_AT_HEADER, ENQUEUED_AT_HEADER), now.timestamp())
+
+        def publish() -> None:
+            with self._connections.acquire(block=True) as broker:
+                push(self._app, broker, letter.queue, messages, own_headers)
+
+        with self._broker_may_be_away():
+            self._with_broker(publish, KEPT, DURABLE_RESEND_PAUSES_S)
+        return [submission_id for submission_id, _ in comments]
+
+    def count_dead_letters(self, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:
+        """How many dead letters `purge_dead_letters` would delete."""
+        with self._reading() as connection:
+            return dead_letters.count(connection, reason=reason, received_before=received_before)
+
+    def purge_dead_letters(self, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:
+        """Delete dead letters for good: those that fit all that is given. How many there were."""
+        with self._writing() as connection:
+            return dead_letters.purge(connection, reason=reason, received_before=received_before)
 
     def review(
         self,

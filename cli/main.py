@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import offline, privacy, producing, status, system, training, trials, versions
+from cli import dead_letters, offline, privacy, producing, status, system, training, trials, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -40,7 +40,6 @@ app.command()(status.status)
 app.command()(producing.submit)
 app.command()(producing.results)
 app.command()(producing.review)
-app.command()(producing.dead_letters)
 app.command()(privacy.erase)
 app.command()(training.retrain)
 app.command()(versions.models)
@@ -52,6 +51,7 @@ app.command()(training.train)
 app.add_typer(trials.canary, name="canary")
 app.add_typer(trials.shadow, name="shadow")
 app.add_typer(trials.ab, name="ab")
+app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(system.database, name="db")
 
 if __name__ == "__main__":

@@ -162,29 +162,6 @@ def review(
     say(f"{submission_id}: {action}")
 
 
-def dead_letters(
-    limit: Annotated[int, typer.Option(min=1, help="Most rows.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
-) -> None:
-    """List what could not be decided, newest first, and why.
-
-    Example: moderato dead-letters --limit 5
-    """
-    from api_client.client import ModerationClient
-
-    with ModerationClient() as client:
-        letters = client.dead_letters(limit=limit)
-    if as_json:
-        for letter in letters:
-            # The payload may hold a comment; whoever needs it asks the database.
-            print_json({name: getattr(letter, name) for name in letter.__slots__ if name != "payload"})
-        return
-    table = Table("received", "id", "reason", "detail")
-    for letter in letters:
-        table.add_row(shown(letter.received_at), *map(Text, (letter.dead_letter_id, letter.reason, letter.detail)))
-    out.print(table)
-
-
 def _label(said: str) -> tuple[str, int]:
     label, _, value = said.partition("=")
     if label not in LABELS or value not in ("0", "1"):

@@ -11,8 +11,14 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, select, update
 
 from config.names import Reason
+from db.durable import PendingSubmission, record_pending
 from db.rows import chunks, every, insert_if_absent
-from db.tables import DEAD, IS_PENDING, DeadLetter, Submission
+from db.session import DatabaseProblem
+from db.tables import DEAD, DECIDED, IS_PENDING, PENDING, DeadLetter, Submission
+
+
+class AlreadyDecided(DatabaseProblem):
+    """A dead letter of a comment that was decided after all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +41,13 @@ class DeadLetterRow:
 def record(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
     """Set aside what could not be decided, and end the wait of a durable submission of that id.
 
-    A letter already there by its id is left as it is.
+    A letter already there by its id is left as it is. What was decided before gets none: a message may come again after
+    its comments were recorded, and be refused then.
     """
-    if letters:
-        ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
+    decided = submission_states(connection, [letter.dead_letter_id for letter in letters], DECIDED)
+    undecided = [letter for letter in letters if letter.dead_letter_id not in decided]
+    if undecided:
+        ordered = sorted(undecided, key=lambda letter: letter.dead_letter_id)
         connection.execute(insert_if_absent(connection, DeadLetter), [asdict(letter) for letter in ordered])
         _end_wait(connection, [letter.dead_letter_id for letter in ordered])
 
@@ -62,6 +71,12 @@ def newest(connection: Connection, *, limit: int | None, reason: Reason | None =
     return every(connection, newest_first.limit(limit), DeadLetterRow)
 
 
+def ids(connection: Connection, *, reason: Reason | None = None) -> list[str]:
+    """Of all dead letters, the oldest first."""
+    letters = _narrowed(select(DeadLetter.dead_letter_id), reason, None)
+    return list(connection.scalars(letters.order_by(DeadLetter.received_at, DeadLetter.dead_letter_id)))
+
+
 def by_id(connection: Connection, dead_letter_ids: Collection[str]) -> dict[str, DeadLetterRow]:
     """Those of these letters that there are, by their ids."""
     asked = (select(DeadLetter).where(DeadLetter.dead_letter_id.in_(ids)) for ids in chunks(dead_letter_ids))
@@ -78,9 +93,37 @@ def purge(connection: Connection, *, reason: Reason | None = None, received_befo
     return connection.execute(_narrowed(delete(DeadLetter), reason, received_before)).rowcount
 
 
-def remove(connection: Connection, dead_letter_id: str) -> bool:
-    """Delete one letter. True for the one caller that did; false for every other."""
-    return connection.execute(delete(DeadLetter).where(DeadLetter.dead_letter_id == dead_letter_id)).rowcount == 1
+def submission_states(connection: Connection, submission_ids: Collection[str], *states: str) -> dict[str, str]:
+    """Of those of these submissions that are in one of these states: which."""
+    found: dict[str, str] = {}
+    for ids in chunks(submission_ids):
+        rows = select(Submission.submission_id, Submission.state)
+        rows = rows.where(Submission.submission_id.in_(ids), Submission.state.in_(states))
+        found |= dict(connection.execute(rows).all())
+    return found
+
+
+def take_back(connection: Connection, letter_id: str, rows: Sequence[PendingSubmission]) -> bool:
+    """Put submissions, pending, in the place of a letter. In one transaction, so that there is always one or the other.
+
+    Returns:
+        Whether it was done; False where the letter is gone, and nothing was written.
+
+    Raises:
+        AlreadyDecided: one of them has a decision, which stands. Nothing must be committed.
+    """
+    if connection.execute(delete(DeadLetter).where(DeadLetter.dead_letter_id == letter_id)).rowcount != 1:
+        return False
+    ids = [row.submission_id for row in rows]
+    dead = submission_states(connection, ids, DEAD)
+    for row in rows:
+        if row.submission_id in dead:
+            again = {**asdict(row), "state": PENDING, "erased_at": None}
+            connection.execute(update(Submission).where(Submission.submission_id == row.submission_id).values(again))
+    taken = record_pending(connection, rows)
+    if decided := taken or [*submission_states(connection, ids, DECIDED)]:
+        raise AlreadyDecided(f"submission {decided[0]!r} has a decision already, which stands")
+    return True
 
 
 def _narrowed(statement: Any, reason: Reason | None, received_before: datetime | None) -> Any:

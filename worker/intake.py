@@ -196,7 +196,7 @@ class Intake(bootsteps.StartStopStep):
             logger.warning(
                 "a message came back %d times: its %d comments go on alone", message.returns, len(parsed.submitted)
             )
-            singles = single_messages(parsed.submitted, message.headers.get("id"), submitted_at.timestamp(), queue)
+            singles = single_messages(parsed.submitted, message.headers, queue)
             acknowledge = partial(message.channel.qos.replace, message.delivery_tag, singles)
             parsed = Parsed(refused=parsed.refused)
             if not parsed.refused:

@@ -15,7 +15,14 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from config.comment import Comment, Name, explain, is_nested_deeper_than, shown
-from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_ID_CHARS, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
+from config.names import (
+    ENQUEUED_AT_HEADER,
+    MAX_COMMENTS_PER_MESSAGE,
+    MAX_ID_CHARS,
+    MODERATE_TASK,
+    SUBMITTED_AT_HEADER,
+    Reason,
+)
 from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER, may_forbid_storing, write_envelope
 
 MAX_PAYLOAD_BYTES = 65_536
@@ -29,6 +36,7 @@ NAME_ENDS, QUOTED_NAME_ENDS, ESCAPED_BACKSLASH_ENDS = b'":', rb"\":", rb'\\":'
 MAX_NESTING = 64
 """Levels of lists and objects in a comment, more than it needs. Deeper ones can be read, but not surely written."""
 NAME = TypeAdapter(Name)
+TIME_HEADERS = SUBMITTED_AT_HEADER, ENQUEUED_AT_HEADER
 NAMED = {"community": "community", "comment_id": "id", "author": "author"}
 """Columns of a dead letter to the comment's fields that they repeat."""
 
@@ -213,15 +221,16 @@ def _message_id(task_id: object, body: bytes) -> str:
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
-def single_messages(submitted: Iterable[Submitted], task_id: object, submitted_at_s: float, queue: str) -> list[bytes]:
+def single_messages(submitted: Iterable[Submitted], sent: Mapping[str, Any], queue: str) -> list[bytes]:
     """One message for each comment, which names its submission, as a producer would have sent it.
 
     Args:
-        task_id: of the message that they came in, by which an operator may revoke it; as the next two.
+        sent: headers of the message that they came in. Its id stays: by that an operator may revoke it.
     """
-    headers: dict[str, Any] = {"task": MODERATE_TASK, SUBMITTED_AT_HEADER: submitted_at_s}
-    if isinstance(task_id, str) and len(task_id) <= MAX_ID_CHARS:
+    headers = {name: sent[name] for name in TIME_HEADERS if isinstance(sent.get(name), int | float)}
+    if isinstance(task_id := sent.get("id"), str) and len(task_id) <= MAX_ID_CHARS:
         headers["id"] = task_id
+    headers["task"] = MODERATE_TASK
     messages = []
     for one in submitted:
         comment = one.comment.model_copy(update={"idempotency_key": one.submission_id})
