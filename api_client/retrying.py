@@ -40,7 +40,7 @@ def comments_of(letter: DeadLetterRow) -> list[tuple[str, dict[str, Any]]]:
     longest = max(len(submission_id) for submission_id, _ in comments)
     if longest > MAX_ID_CHARS:
         raise NotRetryable(f"its id is too long to submit it under: {longest} characters, of {MAX_ID_CHARS} allowed")
-    return [(submission_id, _form(submission_id, raw)) for submission_id, raw in comments]
+    return [(submission_id, _form(letter, submission_id, raw)) for submission_id, raw in comments]
 
 
 def _comments(letter: DeadLetterRow) -> list[tuple[str, object]]:
@@ -65,10 +65,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-def _form(submission_id: str, raw: object) -> dict[str, Any]:
+def _form(letter: DeadLetterRow, submission_id: str, raw: object) -> dict[str, Any]:
     try:
         comment = Comment.model_validate(raw)
     except ValidationError as error:
-        raise NotRetryable(f"{submission_id} breaks the contract still: {explain(error)}") from None
+        which = "it" if submission_id == letter.dead_letter_id else submission_id
+        raise NotRetryable(f"{which} breaks the contract still: {explain(error)}") from None
     comment = comment.model_copy(update={"idempotency_key": submission_id, "expires_at": None, "store_text": True})
     return comment.model_dump(mode="json", exclude_defaults=True)

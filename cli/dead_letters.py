@@ -107,7 +107,10 @@ def list_letters(
         for letter in letters:
             print_json(_columns(letter))
         return
-    table = Table("received", "id", "reason", "detail")
+    table = Table("received", expand=True)
+    table.add_column("id", overflow="fold")  # never shortened: the other commands need it
+    table.add_column("reason")
+    table.add_column("detail", ratio=1)
     for letter in letters:
         table.add_row(
             shown(letter.received_at),
@@ -176,7 +179,7 @@ def retry(
         print(submission_id)
     for dead_letter_id, why in retried.left.items():
         say(f"{dead_letter_id} stays: {why}")
-    say(f"{len(retried.submission_ids):,} comments submitted again, {len(retried.left):,} dead letters stay")
+    say(f"comments submitted again: {len(retried.submission_ids):,}; dead letters that stay: {len(retried.left):,}")
     if retried.left:
         raise typer.Exit(1)
 
@@ -204,11 +207,11 @@ def purge(
         if not count:
             say("no dead letter is so")
             return
-        say(f"to be deleted, for good: {count:,} dead letters")
+        say(f"dead letters to be deleted, for good: {count:,}")
         if not yes:
             typer.confirm("Delete them?", abort=True, err=True)
         purged = client.purge_dead_letters(reason=reason, received_before=before)
-    say(f"deleted: {purged:,} dead letters")
+    say(f"dead letters deleted: {purged:,}")
 
 
 def _columns(letter: "DeadLetterRow") -> dict[str, object]:

@@ -199,12 +199,12 @@ class TestCommands:
         done = moderato("dead-letters", "retry", "--all", status=1)
         # (a bare escape is no JSON)
         assert "m:0 stays" in done.stderr
-        assert "bad stays: bad breaks the contract still: 'text' is empty" in done.stderr
+        assert "bad stays: it breaks the contract still: 'text' is empty" in done.stderr
         # And a purge asks first
         assert moderato("dead-letters", "purge", "--reason", "expired").stderr == "no dead letter is so\n"
         asked = moderato("dead-letters", "purge", "--older-than-days", "0", stdin="n\n", status=1)
-        assert "2 dead letters" in asked.stderr
-        assert "deleted: 2 dead letters" in moderato("dead-letters", "purge", "--older-than-days", "0", "--yes").stderr
+        assert "for good: 2" in asked.stderr
+        assert "deleted: 2" in moderato("dead-letters", "purge", "--older-than-days", "0", "--yes").stderr
 
     def test_a_retried_comment_is_printed(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
         decide(sqlite_url, letters=[holding("m:0", {"text": "fine"})])
