@@ -563,8 +563,7 @@ class ModerationClient:
             with self._connections.acquire(block=True) as broker:
                 push(self._app, broker, letter.queue, messages, own_headers)
 
-        with self._broker_may_be_away():
-            self._with_broker(publish, KEPT, DURABLE_RESEND_PAUSES_S)
+        self._if_broker_is_there(publish)
         return [submission_id for submission_id, _ in comments]
 
     def count_dead_letters(self, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:

@@ -70,7 +70,7 @@ MEANINGS: dict[Reason, tuple[str, str]] = {
 
 Why = Annotated[Reason | None, typer.Option("--reason", help="Only those set aside for it.")]
 
-app = typer.Typer(help="What could not be decided, and why: look at it, submit it again, or delete it.")
+app = typer.Typer()
 
 
 @app.callback(invoke_without_command=True)

@@ -20,6 +20,10 @@ COMMANDS = [
     ["results"],
     ["review"],
     ["dead-letters"],
+    ["dead-letters", "list"],
+    ["dead-letters", "show"],
+    ["dead-letters", "retry"],
+    ["dead-letters", "purge"],
     ["erase"],
     ["retrain"],
     ["models"],
@@ -98,7 +102,8 @@ class TestMistakes:
 
     def test_a_comment_that_no_worker_would_take(self) -> None:
         assert complaint("submit", " ") == (
-            "moderato: comment 0 (counted from 0): 'text' is empty; a comment needs text to be scored"
+            "moderato: comment 0 (counted from 0): 'text' is empty, or holds nothing that can be seen; "
+            "a comment needs text to be scored"
         )
 
     def test_a_label_that_is_not_said_of(self) -> None:
