@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from celery import bootsteps
+from celery import Celery, bootsteps
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.control import control_command
@@ -41,7 +41,9 @@ from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
 from worker.outage import Outage
 from worker.pipeline import Pipeline
+from worker.resending import Resending
 from worker.swap import VersionFollower
+from worker.sweeper import Sweeper
 from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS
 
 logger = logging.getLogger(__name__)
@@ -127,7 +129,7 @@ class Intake(bootsteps.StartStopStep):
         """On start, and again after each lost connection: the pipeline goes on through that, the channel is new."""
         if self._pipeline is None:
             try:
-                self._pipeline = self._start_pipeline(consumer.hostname)
+                self._pipeline = self._start_pipeline(consumer.app, consumer.hostname)
             except (DatabaseProblem, PolicyError, VersionError) as error:
                 logger.critical("cannot start: %s", error)
                 raise SystemExit(1) from None
@@ -153,7 +155,7 @@ class Intake(bootsteps.StartStopStep):
             last_words.daemon = True
             last_words.start()
 
-    def _start_pipeline(self, worker: str) -> Pipeline:
+    def _start_pipeline(self, app: Celery, worker: str) -> Pipeline:
         database = open_database(settings().database_url)
         require_current(database)
         policy = read_policy(settings().policy_file)
@@ -168,6 +170,7 @@ class Intake(bootsteps.StartStopStep):
         )
         pipeline.start()
         self._follower.follow(pipeline.exchange, pipeline.try_out)
+        Sweeper({"sending durable submissions again": Resending(database, app, settings())}).start()
         # Comments on their way are many small objects without cycles. Python would look through all of them, and all
         # of the libraries', several times a second to find nothing: a third of the worker's own time.
         gc.collect()

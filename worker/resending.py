@@ -1,0 +1,172 @@
+"""Durable submissions that are pending although their message is gone: put on their queue again.
+
+A producer may have died between its commit and its push, and Redis may have lost what it held. Owns the judgement of
+what is gone, and the chore that sends it.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery import Celery
+from sqlalchemy import Engine
+
+from config.names import (
+    ENQUEUED_AT_HEADER,
+    MAX_COMMENTS_PER_MESSAGE,
+    MODERATE_TASK,
+    SUBMITTED_AT_HEADER,
+)
+from config.settings import Settings
+from db.durable import PendingSubmission, database_time, overdue, overdue_queues, renew, take_sweep_lock
+from db.session import reading, writing
+from worker.envelope import MalformedMessage, read_envelope
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_STEP = 1_024
+CLOCKS_APART = timedelta(seconds=10)
+"""How far the clocks of producers and the database may lie apart, and how long a commit may take."""
+UNSURE_FACTOR = 10
+"""Where it cannot be told what is gone, so many times the usual wait must have passed."""
+BROKER_OPTIONS = {"max_retries": 1, "interval_start": 0.1, "socket_connect_timeout": 5, "socket_timeout": 5}
+"""A Redis that is away is for the next sweep; by default kombu would try for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What can be seen of a queue."""
+
+    depth: int
+    """Messages that wait in its list."""
+    head_sent_at: datetime | None
+    """When the one that is taken next was put there; None where it does not say, or nothing waits."""
+    some_returned: bool
+    """Messages whose worker died are being tried again, of whichever queue."""
+
+
+def gone_before(queue: QueueState, now: datetime, after: timedelta) -> datetime:
+    """What was last put on the queue before this time, and is still pending, is no longer on its way.
+
+    A queue is first in, first out. So what was put there before its head has left it; what was put there after it
+    waits behind it, for however long, and to send that again would feed an overload. An empty queue has been left by
+    all. What has left it needs a moment to be decided.
+
+    Args:
+        now: by the database's clock.
+        after: how long that moment may be.
+    """
+    before = now - after
+    head = queue.head_sent_at
+    says_when = head is not None and head <= now + CLOCKS_APART
+    if head is not None and says_when:
+        before = min(before, head - CLOCKS_APART)
+    # What came back is tried for some minutes. If it is what its workers died of, a second copy would kill as many.
+    if queue.some_returned or (queue.depth and not says_when):
+        before = min(before, now - UNSURE_FACTOR * after)
+    return before
+
+
+def in_messages(rows: Sequence[PendingSubmission]) -> list[list[PendingSubmission]]:
+    """Those that were submitted together, in lists that are not too long for a message; in their order."""
+    together: dict[datetime, list[PendingSubmission]] = {}
+    for row in rows:
+        together.setdefault(row.submitted_at, []).append(row)
+    most = MAX_COMMENTS_PER_MESSAGE
+    return [listed[start : start + most] for listed in together.values() for start in range(0, len(listed), most)]
+
+
+class Resending:
+    """The chore. One step looks at every queue that has something overdue, and sends so many rows of each at most."""
+
+    def __init__(self, database: Engine, app: Celery, settings: Settings) -> None:
+        self._database = database
+        self._app = app
+        self._after = timedelta(seconds=settings.worker.resubmit_after_s)
+        self._max_queue_messages = settings.client.max_queue_messages
+
+    def __call__(self) -> bool:
+        with reading(self._database) as connection:
+            queues = overdue_queues(connection, before=database_time(connection) - self._after)
+        if not queues:
+            return False
+        with self._app.connection_for_write(transport_options=BROKER_OPTIONS) as broker:
+            more = [self._send_overdue(broker, queue) for queue in queues]
+        return any(more)
+
+    def _send_overdue(self, broker: Any, queue: str) -> bool:
+        # Redis is asked before the transaction, and told after it: on SQLite that keeps every worker from writing.
+        state = _look_at(broker.default_channel, queue)
+        room = self._max_queue_messages - state.depth if self._max_queue_messages else ROWS_PER_STEP
+        with writing(self._database) as connection:
+            if room <= 0 or not take_sweep_lock(connection):
+                return False
+            now = database_time(connection)
+            before = gone_before(state, now, self._after)
+            rows = overdue(connection, queue=queue, before=before, limit=ROWS_PER_STEP)
+            messages = in_messages(rows)[:room]
+            renew(connection, [row.submission_id for listed in messages for row in listed], now)
+        # A process that dies here has sent nothing; the rows are found again when as much time has passed once more.
+        # One that stands still here may send what another has sent meanwhile, which is decided once all the same.
+        for listed in messages:
+            self._send(broker, queue, listed, now)
+        if messages:
+            count = sum(map(len, messages))
+            logger.warning("%d durable submissions were no longer in the queue %s; they are sent again", count, queue)
+        return len(rows) == ROWS_PER_STEP
+
+    def _send(self, broker: Any, queue: str, rows: Sequence[PendingSubmission], now: datetime) -> None:
+        headers = {SUBMITTED_AT_HEADER: rows[0].submitted_at.timestamp(), ENQUEUED_AT_HEADER: now.timestamp()}
+        self._app.send_task(
+            MODERATE_TASK,
+            [[_comment(row) for row in rows]],
+            queue=queue,
+            headers=headers,
+            # Celery's own would put the texts into the headers, and from there into other people's logs.
+            argsrepr=f"({len(rows)} comments,)",
+            kwargsrepr="{}",
+            connection=broker,
+            retry=False,
+            ignore_result=True,
+        )
+
+
+def _comment(row: PendingSubmission) -> dict[str, Any]:
+    """As it travels. The key names the submission, whose message and place in it are others now."""
+    comment = {
+        "text": row.text,
+        "id": row.comment_id,
+        "community": row.community,
+        "author": row.author,
+        "language": row.language,
+        "created_at": row.created_at and row.created_at.isoformat(),
+        "expires_at": row.expires_at and row.expires_at.isoformat(),
+        "context": row.context,
+        "idempotency_key": row.submission_id,
+    }
+    return {name: value for name, value in comment.items() if value is not None}
+
+
+def _look_at(channel: Any, queue: str) -> QueueState:
+    # Where producers push who give no priority, as ours.
+    list_key = channel._q_for_pri(queue, 0)
+    *_, returns_key = channel.own_keys()
+    with channel.client.pipeline(transaction=False) as asked:
+        # kombu's client adds the prefix of all keys to some commands only.
+        asked.llen(list_key).lrange(channel.global_keyprefix + list_key, -1, -1).exists(returns_key)
+        depth, head, some_returned = asked.execute()
+    return QueueState(depth, _sent_at(head[0]) if head else None, bool(some_returned))
+
+
+def _sent_at(message: bytes) -> datetime | None:
+    try:
+        headers = read_envelope(message)["headers"]
+    except MalformedMessage:
+        return None
+    seconds = headers.get(ENQUEUED_AT_HEADER, headers.get(SUBMITTED_AT_HEADER))
+    # Any other number is no time of ours; the comparison is false for NaN too.
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 2**33:
+        return None
+    return datetime.fromtimestamp(seconds, UTC)
