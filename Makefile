@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench chaos bench-gpu bench-gpu-wheels lock clean
+.PHONY: help install demo test lint bench chaos bench-gpu bench-gpu-wheels lock audit clean
 
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
@@ -16,8 +16,9 @@ help:
 	@echo 'make chaos  ten minutes of kills, freezes, full disks and nonsense: is a comment lost or decided twice? (ARGS=--help)'
 	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
 	@echo 'make bench-gpu-wheels  download into bench/wheels what a machine without a package registry lacks for it'
+	@echo 'make audit  look every package of requirements.lock up among the known vulnerabilities'
 	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
-	@echo 'make clean  remove .venv, .venv-rivals and var, with the demo database and trained versions'
+	@echo 'make clean  remove .venv, .venv-audit, .venv-rivals and var, with the demo database and trained versions'
 
 install: .venv/installed
 
@@ -70,5 +71,15 @@ lock: install
 	sed -i -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^#/d' -e '/^$$/d' requirements.lock
 	sed -i '1i # Every package at the version the tests passed with; made from pyproject.toml by `make lock`.' requirements.lock
 
+# In an environment of its own: its dependencies are not ours to pin. Strict: a package it cannot look up fails it.
+audit: .venv-audit/installed
+	.venv-audit/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r requirements.lock
+
+.venv-audit/installed:
+	@test -n '$(PYTHON)' || { echo 'make audit needs Python 3.11 or 3.12 with venv' >&2; exit 1; }
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --disable-pip-version-check -q pip-audit
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-rivals var
+	rm -rf .venv .venv-audit .venv-rivals var

@@ -6,12 +6,16 @@ import traceback
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import OperationalError
 
 from api_client.client import ModerationClient
+from config.settings import load_settings
 from db.session import DatabaseProblem, open_database, reading, writing
 from tests.integration.rows import decide, scored
-from tests.integration.test_transport_servers import free_port
+from tests.integration.test_transport_servers import certificate, free_port, tls_in_front_of
+
+__all__ = ["certificate"]
 
 MARKER = "zanzibar"
 
@@ -60,3 +64,32 @@ def test_sqlites_files_are_their_owners_alone(empty_sqlite_url: str) -> None:
     finally:
         os.umask(before)
     engine.dispose()
+
+
+def test_postgresql_is_reached_through_tls_and_only_if_it_is_the_one_meant(
+    postgres_url: str, certificate: tuple[Path, Path]
+) -> None:
+    # Given a PostgreSQL behind TLS, whose certificate only its own file vouches for
+    server = make_url(postgres_url)
+    socket = f"{server.query['host']}/.s.PGSQL.5432"
+    if not Path(socket).exists():
+        pytest.skip("the tests' PostgreSQL has no socket here")
+    with tls_in_front_of(socket, *certificate, as_postgresql=True) as port:
+
+        def ask(host: str, root: Path | str) -> int:
+            trusted = {"sslmode": "verify-full", "sslrootcert": str(root)}
+            url = server.set(host=host, port=port, query=trusted).render_as_string(hide_password=False)
+            engine = open_database(load_settings({"MODERATO_DATABASE_URL": url}).database_url)
+            try:
+                with reading(engine) as connection:
+                    return int(connection.execute(text("SELECT 1")).scalar_one())
+            finally:
+                engine.dispose()
+
+        # When it is asked by its name, then it answers
+        assert ask("localhost", certificate[0]) == 1
+        # And under another name, or where others are trusted, it is not spoken to
+        with pytest.raises(OperationalError, match="does not match host name"):
+            ask("127.0.0.1", certificate[0])
+        with pytest.raises(OperationalError, match="certificate verify failed"):
+            ask("localhost", "system")

@@ -22,6 +22,9 @@ from config.names import MODERATE_QUEUE
 from tests.integration.test_transport import HubConsumer, ids, send
 from tests.services import wait_until
 
+POSTGRESQL_SSL_REQUEST = bytes.fromhex("0000000804d2162f")
+"""https://www.postgresql.org/docs/current/protocol-message-formats.html"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -41,17 +44,27 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @contextmanager
-def tls_in_front_of(redis_socket: str, certificate: Path, key: Path) -> Iterator[int]:
-    """A port that speaks TLS and hands everything on to a Redis on a unix socket."""
+def tls_in_front_of(unix_socket: str, certificate: Path, key: Path, *, as_postgresql: bool = False) -> Iterator[int]:
+    """A port that speaks TLS and hands everything on to a server on a unix socket.
+
+    Args:
+        as_postgresql: a client asks for TLS in the clear first, as PostgreSQL's do.
+    """
 
     async def serve(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        server, to_server = await asyncio.open_unix_connection(redis_socket)
+        if as_postgresql:
+            assert await client.readexactly(8) == POSTGRESQL_SSL_REQUEST
+            to_client.write(b"S")
+            await to_client.start_tls(context)
+        server, to_server = await asyncio.open_unix_connection(unix_socket)
         await asyncio.gather(_pump(client, to_server), _pump(server, to_client))
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     loop = asyncio.new_event_loop()
-    listening = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    listening = loop.run_until_complete(
+        asyncio.start_server(serve, "127.0.0.1", 0, ssl=None if as_postgresql else context)
+    )
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
@@ -63,7 +76,8 @@ def tls_in_front_of(redis_socket: str, certificate: Path, key: Path) -> Iterator
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.close()
 
 
