@@ -32,10 +32,11 @@ local depth = redis.call('LLEN', KEYS[1])
 if most > 0 and depth > 0 and depth + come > most then return {'full', depth} end
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
-local limited, longest, used_until = 0, 0, {}
+local limited, longest, kept, used_until = 0, 0, {}, {}
 for i = 2, #KEYS do
   local comments, each = tonumber(ARGV[2 * i]), tonumber(ARGV[2 * i + 1])
-  local used = math.max(now, tonumber(redis.call('GET', KEYS[i]) or 0))
+  kept[i] = tonumber(redis.call('GET', KEYS[i]) or 0)
+  local used = math.max(now, kept[i])
   local wait = used + each - now - burst
   if wait > longest then limited, longest = i - 1, wait end
   used_until[i] = used + comments * each
@@ -45,7 +46,9 @@ if limited > 0 then return {'limited', limited, tostring(longest)} end
 local first = 2 * #KEYS + 2
 if #ARGV >= first then redis.call('LPUSH', KEYS[1], unpack(ARGV, first)) end
 for i = 2, #KEYS do
-  redis.call('SET', KEYS[i], string.format('%.6f', used_until[i]), 'EX', math.ceil(used_until[i] - now))
+  -- Not SET: who may set rates could then write over a queue, which these two refuse.
+  redis.call('INCRBYFLOAT', KEYS[i], string.format('%.6f', used_until[i] - kept[i]))
+  redis.call('GETEX', KEYS[i], 'EX', math.ceil(used_until[i] - now))
 end
 return {'taken'}
 """

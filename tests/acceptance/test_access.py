@@ -21,7 +21,7 @@ from api_client.client import ModerationClient
 from api_client.embedded import redis_server_executable
 from bench.tiny import copy_version
 from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
-from config.settings import PREFIX, ROOT
+from config.settings import PREFIX, ROOT, settings
 from db import queries
 from db.migrate import upgrade
 from db.privacy import Erased, Subject, erase_expired
@@ -117,6 +117,16 @@ def activate(database_url: str, directory: Path) -> None:
     engine.dispose()
 
 
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clients count what a community submits."""
+    monkeypatch.setenv("MODERATO_CLIENT__MAX_COMMENTS_PER_MINUTE", "10000")
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+@pytest.mark.usefixtures("limited")
 def test_each_user_of_redis_can_do_its_work_and_nothing_else(
     guarded: GuardedRedis, sqlite_url: str, tiny_version: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +152,7 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         trainer.wait_until_ready()
         # When comments are submitted, by the client and by plain Celery
         ids = [producer.submit("Good morning."), *producer.submit_many(["Thank you."] * 100)]
+        ids.append(operator.submit("Good evening.", durable=True))
         ids.append(f"{plain.send_task('worker.moderate', [[{'text': 'Hello.'}]], queue=MODERATE_QUEUE).id}:0")
         # Then they are decided, and forgotten
         assert set(producer.wait(ids, timeout_s=TIMEOUT_S).values()) == {"decided"}
@@ -170,6 +181,7 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
             ("LRANGE", MODERATE_QUEUE, "0", "-1"),
             ("RPOP", MODERATE_QUEUE),
             ("DEL", MODERATE_QUEUE),
+            ("SET", MODERATE_QUEUE, "x"),
             ("HGETALL", "moderato.worker.unacked"),
             ("LPUSH", RETRAIN_QUEUE, "x"),
             ("PUBLISH", "/0.moderato.worker.pidbox", "x"),

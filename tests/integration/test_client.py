@@ -369,10 +369,7 @@ class TestLimits:
         )
 
         def pass_time(community: str, seconds: float) -> None:
-            key = f"moderato.rate.{community}"
-            used_until = redis.get(key)
-            assert isinstance(used_until, bytes)
-            redis.set(key, float(used_until) - seconds, keepttl=True)
+            redis.incrbyfloat(f"moderato.rate.{community}", -seconds)
 
         with ModerationClient(redis_url, sqlite_url) as client:
             # When one has submitted a minute's worth
