@@ -154,19 +154,25 @@ def _record(connection: Connection, **row: Any) -> None:
 # --- Retention ---------------------------------------------------------------------------------------------------
 
 
-def erase_expired(connection: Connection, *, keep_days: float, by: str, now: datetime) -> Erased | None:
-    """One step of erasing what was decided, or set aside, more than `keep_days` ago; None where nothing is due.
+def retention_is_due(connection: Connection, *, keep_days: float, now: datetime) -> bool:
+    """Whether the last round ended long enough ago, or where a process died within it."""
+    keep = timedelta(days=keep_days)
+    done = _erased_until(connection)
+    return done is None or now - keep - done >= min(RETENTION_PAUSE, keep / 24)
+
+
+def erase_expired(connection: Connection, *, keep_days: float, by: str, now: datetime) -> tuple[Erased, bool]:
+    """One step of erasing what was decided, or set aside, more than `keep_days` ago; and whether more is left.
 
     Walks the indexes of time from where the step before ended, so that no row is read twice.
 
     Args:
         now: by the database's clock.
     """
-    keep = timedelta(days=keep_days)
-    end = now - keep
-    start = connection.scalar(select(func.max(Erasure.until)).where(Erasure.kind == RETENTION))
-    if start is not None and end - start < min(RETENTION_PAUSE, keep / 24):
-        return None
+    end = now - timedelta(days=keep_days)
+    start = _erased_until(connection)
+    if start is not None and start >= end:
+        return Erased(0, 0), False
     until = min(
         _end_of_step(connection, Decision.decided_at, start, end),
         _end_of_step(connection, DeadLetter.received_at, start, end),
@@ -189,7 +195,11 @@ def erase_expired(connection: Connection, *, keep_days: float, by: str, now: dat
         erased_at=now,
         erased_by=by,
     )
-    return Erased(submissions, payloads_erased)
+    return Erased(submissions, payloads_erased), until < end
+
+
+def _erased_until(connection: Connection) -> datetime | None:
+    return connection.scalar(select(func.max(Erasure.until)).where(Erasure.kind == RETENTION))
 
 
 def _end_of_step(connection: Connection, time: Any, start: datetime | None, end: datetime) -> datetime:

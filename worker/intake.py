@@ -42,8 +42,9 @@ from worker.message import Parsed, parse_message, refuse_all, refuse_unread, sin
 from worker.outage import Outage
 from worker.pipeline import Pipeline
 from worker.resending import Resending
+from worker.retention import Retention
 from worker.swap import VersionFollower
-from worker.sweeper import Sweeper
+from worker.sweeper import Chore, Sweeper
 from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,11 @@ class Intake(bootsteps.StartStopStep):
         )
         pipeline.start()
         self._follower.follow(pipeline.exchange, pipeline.try_out)
-        Sweeper({"sending durable submissions again": Resending(database, app, settings())}).start()
+        chores: dict[str, Chore] = {
+            "sending durable submissions again": Resending(database, app, settings()),
+            "erasing old texts": Retention(database, settings().privacy.keep_text_days, worker),
+        }
+        Sweeper(chores).start()
         # Comments on their way are many small objects without cycles. Python would look through all of them, and all
         # of the libraries', several times a second to find nothing: a third of the worker's own time.
         gc.collect()

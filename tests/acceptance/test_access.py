@@ -272,7 +272,7 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         with writing(engine) as connection:
             later = datetime.now(UTC) + timedelta(days=2)
             erased = erase_expired(connection, keep_days=1, by="w1", now=later)
-        assert erased == Erased(1, 1)
+        assert erased == (Erased(1, 1), False)
         engine.dispose()
         # Then the trainer finds its food, and a run that is asked for can be claimed
         engine = open_database(role_urls["trainer"])

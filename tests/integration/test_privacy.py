@@ -15,11 +15,13 @@ from sqlalchemy import Connection, Engine, event, insert, make_url, select, text
 from api_client.client import ModerationClient
 from config.names import Reason
 from db import dead_letters, privacy
-from db.privacy import Subject, erasable, erase, erase_expired, reclaim
+from db.durable import database_time, take_sweep_lock
+from db.privacy import Subject, erasable, erase, erase_expired, reclaim, retention_is_due
 from db.queries import record_decisions
 from db.session import open_database, reading, writing
 from db.tables import DeadLetter, Erasure, Submission
 from tests.integration.rows import NOON, letter, minutes, prepare, scored
+from worker.retention import Retention
 
 MARKER = "zanzibar"
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -217,13 +219,14 @@ def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.Monke
         connection.execute(insert(Submission), unscored)
 
     def erase_at(day: float) -> list[tuple[int, int]]:
+        with reading(engine) as connection:
+            more = retention_is_due(connection, keep_days=4, now=days(day))
         steps: list[tuple[int, int]] = []
-        while True:
+        while more:
             with writing(engine) as connection:
-                step = erase_expired(connection, keep_days=4, by="w1", now=days(day))
-            if step is None:
-                return steps
+                step, more = erase_expired(connection, keep_days=4, by="w1", now=days(day))
             steps.append((step.submissions, step.dead_letters))
+        return steps
 
     # When what is older than four days is erased, then it is in steps, none much larger than it may be
     steps = erase_at(8)
@@ -266,3 +269,21 @@ def test_a_step_reads_its_own_rows_only(engine: Engine) -> None:
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", given).all()
             assert "ix_decisions_decided_at" in str(plan)
             assert "decided_at >= " in sql
+
+
+def test_one_worker_erases_what_is_old_by_the_databases_clock(engine: Engine) -> None:
+    # Given a text of two days ago and one of now, as the database counts
+    with writing(engine) as connection:
+        prepare(connection, "v1")
+        now = database_time(connection)
+        record_decisions(connection, [scored("old", decided_at=now - timedelta(days=2)), scored("new", decided_at=now)])
+    # When nothing is to be erased, or another worker sweeps, then all of it stays
+    assert not Retention(engine, 0, "w1")()
+    if engine.dialect.name == "postgresql":  # on SQLite a writer is alone
+        with writing(engine) as other:
+            assert take_sweep_lock(other)
+            assert not Retention(engine, 1, "w1")()
+    assert holding_text(engine) == {"old", "new"}
+    # And when one may, the old one goes
+    assert not Retention(engine, 1, "w1")()
+    assert holding_text(engine) == {"new"}
