@@ -14,13 +14,16 @@ from uuid import uuid4
 
 import pytest
 from celery import Celery
+from kombu import Exchange
+from kombu import Producer as KombuProducer
 from sqlalchemy import text
 
 from api_client.embedded import EmbeddedRedis
-from config.names import MODERATE_QUEUE, MODERATE_TASK, Reason
+from config.names import MODERATE_QUEUE, MODERATE_TASK, WORKER_CONTROL_EXCHANGE, Reason
 from config.settings import ROOT
 from db.session import reading, writing
 from tests.acceptance.system import TIMEOUT_S, CeleryProcess, System
+from tests.acceptance.test_bad_input import Intruder
 from tests.services import wait_until
 
 HIDDEN = "zanzibar"
@@ -190,6 +193,12 @@ def test_texts_are_nowhere_but_where_they_may_be(
                 letters = wait_until(
                     lambda: _at_least(len(expected) + 2 * (UNREADABLE + 1), system), TIMEOUT_S, "the dead letters"
                 )
+                # And a remote-control command comes as a pickle that acts when it is read
+                intruded = tmp_path / "intruded"
+                command_by_pickle(system, Intruder(intruded))
+                worker.wait_for_log("Refusing to deserialize")
+                assert not intruded.exists()
+                assert system.client.nodes() == ([worker.node], [])
                 worker.send_signal(signal.SIGUSR1)
                 worker.wait_for_log("in _record")
                 assert "LOCAL VARIABLES" not in worker.log()
@@ -216,6 +225,12 @@ def test_texts_are_nowhere_but_where_they_may_be(
         files = database_files(system)
         assert holding(STORED, *files) != [] or not files
         assert holding(HIDDEN, *files) == []
+
+
+def command_by_pickle(system: System, command: object) -> None:
+    with Celery(broker=system.broker_url, set_as_current=False) as app, app.connection_for_write() as broker:
+        exchange = Exchange(f"{WORKER_CONTROL_EXCHANGE}.pidbox", type="fanout", durable=False)
+        KombuProducer(broker).publish(command, exchange=exchange, declare=[exchange], serializer="pickle")
 
 
 def _at_least(count: int, system: System) -> dict[str, str] | None:
