@@ -16,7 +16,8 @@ any of the lists. A Redis that refuses it is asked by BLMOVE of a list's end to 
 takes nothing either, but watches the first list only; the others are then looked into once a second.
 
 A message that came back SUSPECT_RETURNS times may be what ended its workers. It is taken when nothing else is held,
-and nothing else while it is: the next death counts for it alone, and its neighbours get done.
+and nothing else while it is: the next death counts for it alone, and its neighbours get done. One that holds several
+comments is replaced by one message for each (REPLACE), as suspect as it was.
 """
 
 import hashlib

@@ -84,7 +84,7 @@ def test_inspect_and_revoke(system: System, producer: Celery) -> None:
     # Then it is a dead letter, and no other is
     system.wait_for_decisions([f"{wanted}:0"])
     [letter] = system.client.dead_letters()
-    assert (letter.dead_letter_id, letter.reason) == ("unwanted", Reason.REVOKED)
+    assert (letter.dead_letter_id, letter.reason) == ("unwanted:0", Reason.REVOKED)
     assert system.count_decisions() == 1
     system.wait_until_nothing_is_left()
 
