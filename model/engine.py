@@ -131,17 +131,18 @@ def load_scorer(
 
 
 def check_probes(scorer: Scorer, on_onnx: bool) -> None:
-    """Score the manifest's probe texts and compare.
+    """Score the manifest's probe texts and compare; of a version without any, see that it scores at all.
 
     Raises:
         VersionError: a score is not finite or not what the manifest expects.
     """
     probes = scorer.manifest.probes
+    texts = [probe.text for probe in probes] or ["ok"]
+    scores = scorer.score_texts(texts)
+    if scores.shape != (len(texts), len(LABELS)) or not np.isfinite(scores).all():
+        raise VersionError(f"version {scorer.version}: the probe texts' scores are not six finite numbers each")
     if not probes:
         return
-    scores = scorer.score_texts([probe.text for probe in probes])
-    if scores.shape != (len(probes), len(LABELS)) or not np.isfinite(scores).all():
-        raise VersionError(f"version {scorer.version}: the probe texts' scores are not six finite numbers each")
     expected = np.array([probe.onnx_scores if on_onnx else probe.torch_scores for probe in probes], dtype=np.float32)
     tolerance = ONNX_PROBE_TOLERANCE if on_onnx else TORCH_PROBE_TOLERANCE
     difference = float(np.abs(scores - expected).max())

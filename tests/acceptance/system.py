@@ -168,10 +168,10 @@ class System:
 
     # --- Processes ---
 
-    def start_worker(self, **worker_settings: str) -> CeleryProcess:
+    def start_worker(self, *, node: str = "w1", **worker_settings: str) -> CeleryProcess:
         """`celery -A worker worker -Q toxicity`, ready. Settings are those of the section worker."""
         variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in worker_settings.items()}
-        return self._start("worker", MODERATE_QUEUE, "w1", variables)
+        return self._start("worker", MODERATE_QUEUE, node, variables)
 
     def start_trainer(self) -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""
