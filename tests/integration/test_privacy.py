@@ -85,7 +85,7 @@ def holding_text(engine: Engine) -> set[str]:
         (Subject("author", "ann", "sport"), {"a", "c", "d", "l", "m", "p"}, (1, 0, 0)),
         (Subject("author", "eve"), {"a", "b", "c", "d", "l", "m", "p"}, (0, 0, 0)),
     ],
-    ids=str,
+    ids=["comment", "comment in all communities", "author", "author in one community", "nobody"],
 )
 def test_an_erasure_takes_what_is_its_subjects(
     engine: Engine, subject: Subject, left: set[str], counts: tuple[int, int, int]
