@@ -22,6 +22,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from api_client.client import BrokerUnavailable, ModerationClient
+from api_client.limits import QueueFull
 from bench.chaos.mutations import mutated_message
 from bench.context import read_texts
 from bench.system import Envelopes
@@ -40,7 +41,7 @@ AFTER_FAILURE_S = 0.5
 PATTERN_FILE = "pattern.json"
 """Beside the journals: a message as the client writes it."""
 
-REFUSALS = (BrokerUnavailable, DatabaseProblem)
+REFUSALS = (BrokerUnavailable, DatabaseProblem, QueueFull)
 """What `submit` raises when something is away."""
 
 
