@@ -34,7 +34,6 @@ def test_nothing_is_lost_and_nothing_is_decided_twice(tiny_version: Path, tmp_pa
         database="postgres",
         version=tiny_version,
         folder=tmp_path / "chaos",
-        durable=False,
     )
     # Then every comment that submit returned for has one decision or one dead letter
     assert account.broken == {}
