@@ -390,9 +390,6 @@ class ModerationClient:
         ]
         own_headers = {SUBMITTED_AT_HEADER: time.time()}
         limits: Limits | None = Limits.of(comments, self._settings)
-        new_ids = SubmissionIds()
-        for task_id, listed in messages:
-            new_ids.add(task_id, listed)
 
         def ask_first() -> None:
             nonlocal limits
@@ -410,7 +407,7 @@ class ModerationClient:
 
         if durable:
             is_there = self._if_broker_is_there(ask_first)
-            own_headers[ENQUEUED_AT_HEADER] = self._commit(comments, new_ids, queue, own_headers[SUBMITTED_AT_HEADER])
+            own_headers[ENQUEUED_AT_HEADER] = self._commit(messages, queue, own_headers[SUBMITTED_AT_HEADER])
             # A process that dies here has submitted them: a worker's sweeper sends what nobody did.
             if is_there:
                 self._if_broker_is_there(publish)
@@ -420,8 +417,12 @@ class ModerationClient:
             ids.add(task_id, listed)
         return ids
 
-    def _commit(self, comments: list[dict[str, Any]], ids: SubmissionIds, queue: str, submitted_at: float) -> float:
+    def _commit(self, messages: list[tuple[str, list[dict[str, Any]]]], queue: str, submitted_at: float) -> float:
         """Write them as pending; when that was, by the database's clock, in seconds since the epoch."""
+        ids = SubmissionIds()
+        for task_id, listed in messages:
+            ids.add(task_id, listed)
+        comments = [comment for _, listed in messages for comment in listed]
         try:
             with self._writing() as connection:
                 now = database_time(connection)
