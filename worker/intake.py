@@ -46,6 +46,7 @@ from worker.retention import Retention
 from worker.swap import VersionFollower
 from worker.sweeper import Chore, Sweeper
 from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS
+from worker.trial import Judging
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class Intake(bootsteps.StartStopStep):
         chores: dict[str, Chore] = {
             "sending durable submissions again": Resending(database, app, settings()),
             "erasing old texts": Retention(database, settings().privacy.keep_text_days, worker),
+            "judging the canary": Judging(database, worker),
         }
         Sweeper(chores).start()
         # Comments on their way are many small objects without cycles. Python would look through all of them, and all

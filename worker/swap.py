@@ -23,7 +23,7 @@ from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
 from worker import clock
 from worker.outage import Outage
-from worker.trial import LiveTrial, judge_canary
+from worker.trial import LiveTrial
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ TryOut = Callable[[LiveTrial | None], None]
 MEASUREMENTS_DIRECTORY = ROOT / "var" / "batching"
 RETRY_REFUSED_S = 30.0
 """Between two attempts at an activated version that was refused: a shared directory may only be late."""
-JUDGING_PAUSE = 100
-"""Between two judgements of a canary, in times of what the last one took: the sums grow with what it has decided."""
 
 
 class VersionFollower:
@@ -47,7 +45,6 @@ class VersionFollower:
         self._look_now = threading.Event()
         self._running: str | None = None
         self._trial: LiveTrial | None = None
-        self._judge_at = 0.0
         self._followed_id: int | None = None
         self._refused_id: int | None = None
         self._refusal = ""
@@ -128,8 +125,6 @@ class VersionFollower:
             self._look_at_activation(newest, exchange, None if over is None else over.scorer)
         if live is not None and self._trial is None:
             self._begin_trial(live, try_out)
-        elif live is not None and live.kind == "canary" and time.monotonic() >= self._judge_at:
-            self._judge_canary()
 
     def _look_at_activation(self, newest: ActivationRow, exchange: Exchange, candidate: Scorer | None) -> None:
         if newest.activation_id == self._followed_id:
@@ -172,15 +167,6 @@ class VersionFollower:
         )
         self._trial = LiveTrial(live.trial_id, live.share, live.kind == "shadow", scorer)
         try_out(self._trial)
-
-    def _judge_canary(self) -> None:
-        """Several workers may do so at once; one of them ends it."""
-        started = time.monotonic()
-        verdict = judge_canary(self._database, self._worker)
-        if verdict is not None:
-            logger.error("the canary is rolled back: %s", verdict)
-            self._look_now.set()
-        self._judge_at = time.monotonic() + JUDGING_PAUSE * (time.monotonic() - started)
 
     def _follow(self, activation: ActivationRow) -> None:
         self._record(activation, None)

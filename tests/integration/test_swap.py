@@ -20,7 +20,7 @@ from model.version import WEIGHTS_FILE, Manifest, VersionError, read_manifest, v
 from tests.integration.outage import outage
 from tests.services import wait_until
 from worker.swap import VersionFollower
-from worker.trial import LiveTrial
+from worker.trial import Judging, LiveTrial
 
 WORKER = "w1@here"
 
@@ -343,7 +343,8 @@ class TestFollowing:
         ]
         with writing(engine) as connection:
             trials.record_trial_scores(connection, failures)
-        # Then the worker ends it
+        # Then whoever sweeps ends it, and the worker follows
+        Judging(engine, WORKER)()
         worker.look_until(lambda: worker.trials[1:] == [None], "the end of the trial")
         with reading(engine) as connection:
             trial = trials.newest_trial(connection, "canary")
