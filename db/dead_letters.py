@@ -32,6 +32,7 @@ class DeadLetterRow:
     payload: bytes
     payload_bytes: int
     payload_sha256: str | None
+    text_sha256: str | None
     community: str | None
     comment_id: str | None
     author: str | None
@@ -39,17 +40,38 @@ class DeadLetterRow:
 
 
 def record(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
-    """Set aside what could not be decided, and end the wait of a durable submission of that id.
+    """Set aside what could not be decided, unless it was decided after all; a letter already there is left as it is.
 
-    A letter already there by its id is left as it is. What was decided before gets none: a message may come again after
-    its comments were recorded, and be refused then.
+    A message may be with two workers at once, where one stood still for longer than its lease: the one decides a
+    comment while the other refuses it. The submission's row settles which came first, as both must have it.
     """
-    decided = submission_states(connection, [letter.dead_letter_id for letter in letters], DECIDED)
-    undecided = [letter for letter in letters if letter.dead_letter_id not in decided]
-    if undecided:
-        ordered = sorted(undecided, key=lambda letter: letter.dead_letter_id)
-        connection.execute(insert_if_absent(connection, DeadLetter), [asdict(letter) for letter in ordered])
-        _end_wait(connection, [letter.dead_letter_id for letter in ordered])
+    ordered = sorted(letters, key=lambda letter: letter.dead_letter_id)
+    ids = [letter.dead_letter_id for letter in ordered]
+    _end_submissions(connection, ordered)
+    _end_wait(connection, ids)
+    # A statement of its own: the first may have waited for another worker, and does not see what that one committed.
+    decided = submission_states(connection, ids, DECIDED)
+    if undecided := [asdict(letter) for letter in ordered if letter.dead_letter_id not in decided]:
+        connection.execute(insert_if_absent(connection, DeadLetter), undecided)
+
+
+def _end_submissions(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:
+    """Leave a dead submission of each well-formed comment that has none."""
+    dead = [
+        {
+            "submission_id": letter.dead_letter_id,
+            "community": letter.community,
+            "comment_id": letter.comment_id or letter.dead_letter_id,
+            "author": letter.author,
+            "text_sha256": letter.text_sha256,
+            "submitted_at": letter.received_at,
+            "state": DEAD,
+        }
+        for letter in letters
+        if letter.text_sha256 is not None
+    ]
+    if dead:
+        connection.execute(insert_if_absent(connection, Submission), dead)
 
 
 def _end_wait(connection: Connection, submission_ids: Collection[str]) -> None:

@@ -104,6 +104,7 @@ def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) 
             payload=b"",
             payload_bytes=0,
             payload_sha256=None,
+            text_sha256=None,
             community=row.community,
             comment_id=row.comment_id,
             author=None if subject.kind == "author" else row.author,

@@ -270,6 +270,8 @@ class DeadLetter(Base):
     """Its whole length."""
     payload_sha256: Mapped[str | None] = mapped_column(String(64))
     """Of the whole payload; null in rows of the first release."""
+    text_sha256: Mapped[str | None] = mapped_column(String(64))
+    """Of the comment's text; null where it was not well-formed."""
     community: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
     """Of the comment, as the next two: null where it could not be read, or did not say."""
     comment_id: Mapped[str | None] = mapped_column(String(SUBMISSION_ID_CHARS))

@@ -69,6 +69,8 @@ class Refused:
     payload: bytes
     payload_bytes: int
     payload_sha256: str
+    text_sha256: str | None = None
+    """Of a well-formed comment's text."""
     community: str | None = None
     """Of the comment, as the next two: None where it cannot be read, or does not say."""
     comment_id: str | None = None
@@ -175,6 +177,7 @@ def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()
     named = {"community": comment.community, "comment_id": comment.id, "author": comment.author}
+    named["text_sha256"] = hashlib.sha256(comment.text.encode()).hexdigest()
     return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, **named)
 
 

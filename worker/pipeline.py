@@ -552,6 +552,7 @@ def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
         payload=refused.payload,
         payload_bytes=refused.payload_bytes,
         payload_sha256=refused.payload_sha256,
+        text_sha256=refused.text_sha256,
         community=refused.community,
         comment_id=refused.comment_id,
         author=refused.author,

@@ -88,6 +88,7 @@ def letter(dead_letter_id: str, **changes: Any) -> DeadLetterRow:
         payload=b'{"text": ""}',
         payload_bytes=12,
         payload_sha256=None,
+        text_sha256=None,
         community=None,
         comment_id=None,
         author=None,

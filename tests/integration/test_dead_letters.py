@@ -2,13 +2,15 @@
 
 import base64
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from redis import Redis
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from api_client.client import ModerationClient
 from config.names import MODERATE_QUEUE, Reason
@@ -149,6 +151,38 @@ def test_what_was_decided_gets_no_letter(database_url: str, client: ModerationCl
     # A message may come again after its comments were recorded, and have expired, or be revoked, by then
     decide(database_url, scored("m:0"), letters=[holding("m:0", {"text": "a"}), holding("m:1", {"text": "b"})])
     assert [one.dead_letter_id for one in client.dead_letters()] == ["m:1"]
+
+
+def test_a_submission_comes_to_one_end_whoever_is_first(engine: Engine) -> None:
+    # Given two workers that hold the same messages: the one decides what the other refuses
+    ids = [f"m:{place}" for place in range(300)]
+    rows = [scored(one) for one in ids]
+    letters = [letter(row.submission_id, text_sha256=row.text_sha256) for row in rows]
+    with writing(engine) as connection:
+        prepare(connection)
+    together = threading.Barrier(2)
+
+    def take_turns(record: Callable[[Connection, Any], object], given: list[Any]) -> None:
+        for start in range(0, len(given), 10):
+            together.wait(60)
+            with writing(engine) as connection:
+                record(connection, given[start : start + 10])
+
+    # When both record at the same time, each beginning at the other end of a list
+    with ThreadPoolExecutor(2) as pool:
+        deciding = pool.submit(take_turns, queries.record_decisions, rows)
+        refusing = pool.submit(take_turns, dead_letters.record, letters[::-1])
+        deciding.result()
+        refusing.result()
+    # Then each submission has a decision or a letter, and its state says which
+    with reading(engine) as connection:
+        decided = {row.submission_id for row in queries.results(connection)}
+        dead = set(dead_letters.ids(connection))
+    assert decided | dead == set(ids)
+    assert decided & dead == set()
+    assert decided
+    assert dead
+    assert states(engine) == dict.fromkeys(decided, "decided") | dict.fromkeys(dead, "dead")
 
 
 def test_purge_takes_what_fits_all_that_is_given(database_url: str, client: ModerationClient) -> None:

@@ -20,6 +20,7 @@ NEW_COLUMNS: dict[str, dict[str, Any]] = {
     },
     "dead_letters": {
         "payload_sha256": sa.String(64),
+        "text_sha256": sa.String(64),
         "community": sa.String(200),
         "comment_id": sa.String(255),
         "author": sa.String(200),
