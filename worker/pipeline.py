@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -497,7 +497,8 @@ class Pipeline:
         row, item = refused_row
         detail = f"the database refused its row ({_kind(error)})"
         refused = refuse_comment(row.submission_id, item.submitted.comment, Reason.RECORDING_FAILED, detail)
-        self._commit([], [], [_letter(refused, item.delivery)])
+        # Without a row in submissions: the database may refuse that, too.
+        self._commit([], [], [replace(_letter(refused, item.delivery), text_sha256=None)])
 
     def _commit(
         self,

@@ -157,7 +157,7 @@ def test_a_submission_comes_to_one_end_whoever_is_first(engine: Engine) -> None:
     # Given two workers that hold the same messages: the one decides what the other refuses
     ids = [f"m:{place}" for place in range(300)]
     rows = [scored(one) for one in ids]
-    letters = [letter(row.submission_id, text_sha256=row.text_sha256) for row in rows]
+    letters = [letter(row.submission_id, community="default", text_sha256=row.text_sha256) for row in rows]
     with writing(engine) as connection:
         prepare(connection)
     together = threading.Barrier(2)

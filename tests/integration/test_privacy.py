@@ -79,16 +79,16 @@ def holding_text(engine: Engine) -> set[str]:
 @pytest.mark.parametrize(
     ("subject", "left", "counts"),
     [
-        (Subject("comment", "7", "news"), {"b", "c", "d", "m"}, (2, 1, 1)),
-        (Subject("comment", "7"), {"c", "d", "m"}, (3, 1, 1)),
-        (Subject("author", "ann"), {"d", "m"}, (4, 1, 1)),
-        (Subject("author", "ann", "sport"), {"a", "c", "d", "l", "m", "p"}, (1, 0, 0)),
-        (Subject("author", "eve"), {"a", "b", "c", "d", "l", "m", "p"}, (0, 0, 0)),
+        (Subject("comment", "7", "news"), "bcdm", (2, 1, 1)),
+        (Subject("comment", "7"), "cdm", (3, 1, 1)),
+        (Subject("author", "ann"), "dm", (4, 1, 1)),
+        (Subject("author", "ann", "sport"), "acdlmp", (1, 0, 0)),
+        (Subject("author", "eve"), "abcdlmp", (0, 0, 0)),
     ],
     ids=["comment", "comment in all communities", "author", "author in one community", "nobody"],
 )
 def test_an_erasure_takes_what_is_its_subjects(
-    engine: Engine, subject: Subject, left: set[str], counts: tuple[int, int, int]
+    engine: Engine, subject: Subject, left: str, counts: tuple[int, int, int]
 ) -> None:
     # Given texts of two authors, one of them not yet decided
     fill(engine)
@@ -98,7 +98,7 @@ def test_an_erasure_takes_what_is_its_subjects(
     with writing(engine) as connection:
         erased = erase(connection, subject, by="dpo", reason="asked for", now=minutes(5))
     # Then their texts are gone and the others' are there, as it was said before
-    assert holding_text(engine) == left
+    assert holding_text(engine) == set(left)
     assert erased == expected == privacy.Erased(*counts)
     with reading(engine) as connection:
         # And it is written down, of an author without the name
