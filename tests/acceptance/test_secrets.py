@@ -26,9 +26,10 @@ from tests.acceptance.system import TIMEOUT_S, CeleryProcess, System
 from tests.acceptance.test_bad_input import Intruder
 from tests.services import wait_until
 
-HIDDEN = "zanzibar"
+# Made anew each time: other tests write to the same server, and leave their words in its files.
+HIDDEN = f"hidden{uuid4().hex}"
 """Stands in every text that must not be stored."""
-STORED = "timbuktu"
+STORED = f"stored{uuid4().hex}"
 """Stands in every other one."""
 UNLUCKY = "unlucky"
 """The community whose rows the database refuses, quoting them where it can."""
