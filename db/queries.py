@@ -750,12 +750,18 @@ def _update_run(connection: Connection, run_id: str, statement: Any) -> None:
     raise RunIsOver(f"training run {run_id!r} is not running: it is {state}")
 
 
-def fail_abandoned_runs(connection: Connection, *, silent_since: datetime, now: datetime) -> list[str]:
-    """Fail the running runs that gave no sign of life since then; their ids are returned."""
-    abandoned = TrainingRun.state == "running", TrainingRun.heartbeat_at < silent_since
+def heartbeats(connection: Connection) -> dict[str, datetime | None]:
+    """The last sign of life of each running run, by its id."""
+    running = select(TrainingRun.run_id, TrainingRun.heartbeat_at).where(TrainingRun.state == "running")
+    return dict(connection.execute(running).all())
+
+
+def fail_abandoned_run(connection: Connection, run_id: str, *, heartbeat_at: datetime | None, now: datetime) -> bool:
+    """Fail a running run, unless it has given a sign of life after this one; whether it was failed."""
+    silent = TrainingRun.run_id == run_id, TrainingRun.state == "running", TrainingRun.heartbeat_at == heartbeat_at
     reason = "the training process stopped without a word"
-    give_up = update(TrainingRun).where(*abandoned).values(state="failed", reason=reason, finished_at=now)
-    return sorted(connection.scalars(give_up.returning(TrainingRun.run_id)))
+    give_up = update(TrainingRun).where(*silent).values(state="failed", reason=reason, finished_at=now)
+    return connection.execute(give_up).rowcount == 1
 
 
 def run(connection: Connection, run_id: str) -> RunRow | None:

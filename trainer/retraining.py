@@ -7,16 +7,19 @@ import logging
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from celery import Celery
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, trainer_settings
 from db import queries
-from db.session import open_database, reading, writing
+from db.outage import Outage
+from db.session import is_outage, open_database, reading, writing
 from model.engine import load_scorer
 from model.version import version_directory
 from trainer.dataset import Dataset, concatenate, from_corrections, read_csv, training_set
@@ -58,9 +61,14 @@ def carry_out(run_id: str, settings: Settings) -> None:
         return
     except Exception as error:
         logger.exception("run %s failed", run_id)
-        with writing(database) as connection:
-            queries.finish_run(
-                connection, run_id, state="failed", reason=f"{type(error).__name__}: {error}", now=datetime.now(UTC)
+        reason = f"{type(error).__name__}: {error}"
+        with suppress(queries.RunIsOver):
+            _write(
+                database,
+                run_id,
+                lambda connection: queries.finish_run(
+                    connection, run_id, state="failed", reason=reason, now=datetime.now(UTC)
+                ),
             )
         return
     finally:
@@ -116,8 +124,9 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     judgement = judge(candidate.evaluation, active_evaluation, chosen)
 
     now = datetime.now(UTC)
+
     # Version, verdict and activation in one transaction: a kill leaves all of them or none.
-    with writing(database) as connection:
+    def give_verdict(connection: Connection) -> None:
         queries.register_version(connection, candidate.manifest.model_dump(), now)
         queries.finish_run(
             connection,
@@ -130,6 +139,8 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
         )
         if judgement.promoted:
             queries.activate(connection, version=version, by=BY, reason=f"run {run_id}: {judgement.reason}", now=now)
+
+    _write(database, run_id, give_verdict)
     logger.info("run %s: version %s: %s", run_id, version, judgement.reason)
     return judgement.promoted
 
@@ -164,15 +175,44 @@ class _Reporter:
             "loss": progress.loss,
             "seconds_left": progress.seconds_left,
         }
-        self.note(phase=progress.phase, **(steps if progress.step is not None else {}))
+        try:
+            with writing(self._database) as connection:
+                self._report(connection, phase=progress.phase, **(steps if progress.step is not None else {}))
+        except Exception as error:
+            # The training goes on without a database; the heartbeat says that it is away.
+            if not is_outage(error):
+                raise
 
     def note(self, **columns: object) -> None:
-        with writing(self._database) as connection:
-            queries.report_progress(connection, self._run_id, now=datetime.now(UTC), **columns)  # type: ignore[arg-type]
+        """Write what must not be missing; waits for a database that is away."""
+        _write(self._database, self._run_id, lambda connection: self._report(connection, **columns))
+
+    def _report(self, connection: Connection, **columns: object) -> None:
+        queries.report_progress(connection, self._run_id, now=datetime.now(UTC), **columns)  # type: ignore[arg-type]
+
+
+def _write(database: Engine, run_id: str, work: Callable[[Connection], None]) -> None:
+    """Do it in one transaction; while the database is away, again after growing pauses. A training costs hours."""
+    outage = Outage()
+    while True:
+        try:
+            with writing(database) as connection:
+                work(connection)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            if outage.begin():
+                logger.error("run %s: the database cannot be written to (%s); waiting", run_id, type(error).__name__)
+            time.sleep(outage.pause_s())
+        else:
+            if outage.end():
+                logger.warning("run %s: the database can be written to again", run_id)
+            return
 
 
 def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
     """Heartbeats, also while a phase takes long."""
+    outage = Outage()
     while not stopped.wait(HEARTBEAT_S):
         try:
             with writing(database) as connection:
@@ -180,7 +220,11 @@ def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
         except queries.RunIsOver:
             return
         except Exception as error:
-            logger.warning("run %s: no heartbeat could be written (%s)", run_id, type(error).__name__)
+            if outage.begin():
+                logger.warning("run %s: no heartbeat can be written (%s)", run_id, type(error).__name__)
+        else:
+            if outage.end():
+                logger.warning("run %s: heartbeats are written again", run_id)
 
 
 def _tell_workers(broker_url: str) -> None:

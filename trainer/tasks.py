@@ -1,9 +1,10 @@
 """The retrain task, and the watch over runs whose process died. Loaded by the parent: imports no torch."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import bootsteps
@@ -13,13 +14,14 @@ from sqlalchemy import Engine
 from config.names import RETRAIN_QUEUE, RETRAIN_TASK
 from config.settings import settings
 from db import queries
+from db.outage import Outage
 from db.session import open_database, reading, writing
 from trainer.celery import app
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 10.0
-SILENT_FOR = timedelta(seconds=60)
+SILENT_S = 60.0
 """A run's process gives a sign of life every few seconds; after this long without one it is dead."""
 
 
@@ -53,15 +55,55 @@ class RunWatch(bootsteps.StartStopStep):
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
         self._timer: Any = None
+        self._outage = Outage()
+        self._asked = False
+        self._heard: dict[str, tuple[datetime | None, float]] = {}
+        """Of each running run the last sign of life, and when it was first seen by the monotonic clock."""
 
     def start(self, consumer: Any) -> None:
-        _ask_again()
+        self._asked = False
+        self._watch()
         # On the event loop rather than a thread: a child forked while a thread held a lock would wait for it forever.
-        self._timer = consumer.timer.call_repeatedly(WATCH_S, _fail_silent_runs)
+        self._timer = consumer.timer.call_repeatedly(WATCH_S, self._watch)
 
     def stop(self, consumer: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+    def _watch(self) -> None:
+        try:
+            with _database() as database:
+                if not self._asked:
+                    _ask_again(database)
+                    self._asked = True
+                self._fail_silent_runs(database)
+        except Exception as error:
+            # Neither an absent database nor an absent Redis must end the event loop; the next look comes soon. Nobody
+            # could give a sign of life meanwhile, so all are heard anew.
+            self._heard = {}
+            if self._outage.begin():
+                logger.error("cannot look after training runs (%s); trying again and again", type(error).__name__)
+        else:
+            if self._outage.end():
+                logger.warning("training runs are looked after again")
+
+    def _fail_silent_runs(self, database: Engine) -> None:
+        now_s = time.monotonic()
+        with reading(database) as connection:
+            heartbeats = queries.heartbeats(connection)
+        # How old a sign of life is cannot be told from its time: that is another clock's, which may be wrong or jump.
+        self._heard = {
+            run_id: heard if (heard := self._heard.get(run_id)) and heard[0] == heartbeat_at else (heartbeat_at, now_s)
+            for run_id, heartbeat_at in heartbeats.items()
+        }
+        for run_id, (heartbeat_at, since_s) in self._heard.items():
+            if now_s - since_s <= SILENT_S:
+                continue
+            with writing(database) as connection:
+                now = datetime.now(UTC)
+                failed = queries.fail_abandoned_run(connection, run_id, heartbeat_at=heartbeat_at, now=now)
+            if failed:
+                logger.error("run %s: its process stopped without a word", run_id)
 
 
 app.steps["consumer"].add(RunWatch)
@@ -77,26 +119,9 @@ def _database() -> Iterator[Engine]:
         engine.dispose()
 
 
-def _fail_silent_runs() -> None:
-    now = datetime.now(UTC)
-    try:
-        with _database() as database, writing(database) as connection:
-            failed = queries.fail_abandoned_runs(connection, silent_since=now - SILENT_FOR, now=now)
-    except Exception as error:
-        # An absent database must not end the event loop; the next look comes soon.
-        logger.warning("cannot look for abandoned runs: %s", type(error).__name__)
-        return
-    for run_id in failed:
-        logger.error("run %s: its process stopped without a word", run_id)
-
-
-def _ask_again() -> None:
+def _ask_again(database: Engine) -> None:
     """A message taken by a trainer that was then killed may be gone. A run asked for twice is claimed once."""
-    try:
-        with _database() as database, reading(database) as connection:
-            waiting = [run.run_id for run in queries.runs(connection, limit=100) if run.state == "requested"]
-    except Exception as error:
-        logger.warning("cannot look for waiting runs: %s", type(error).__name__)
-        return
+    with reading(database) as connection:
+        waiting = [run.run_id for run in queries.runs(connection, limit=100) if run.state == "requested"]
     for run_id in waiting:
         app.send_task(RETRAIN_TASK, [run_id], queue=RETRAIN_QUEUE)

@@ -33,13 +33,13 @@ from config.names import (
 )
 from config.settings import settings, without_password
 from db.migrate import require_current
+from db.outage import Outage
 from db.session import DatabaseProblem, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
 from worker import clock
 from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
-from worker.outage import Outage
 from worker.pipeline import Pipeline
 from worker.resending import Resending
 from worker.retention import Retention

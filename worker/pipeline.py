@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine
 from config.names import INTERACTIVE_QUEUE, LABELS, Reason
 from db import dead_letters
 from db.dead_letters import DeadLetterRow
+from db.outage import Outage
 from db.queries import ScoredSubmission, record_decisions, store_policy
 from db.session import is_outage, writing
 from db.trials import TrialScoreRow, record_trial_scores
@@ -33,7 +34,6 @@ from worker import clock
 from worker.job import Delivery, Item, Job, Piece
 from worker.line import Line
 from worker.message import Refused, refuse_comment
-from worker.outage import Outage
 from worker.reuse import Reuse
 from worker.trial import LiveTrial
 

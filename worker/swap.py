@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 from config.names import STARTER_VERSION
 from config.settings import ROOT, Settings
 from db import queries, trials
+from db.outage import Outage
 from db.queries import ActivationRow
 from db.session import reading, writing
 from db.trials import TrialRow
@@ -22,7 +23,6 @@ from model.engine import Scorer, load_scorer
 from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
 from worker import clock
-from worker.outage import Outage
 from worker.trial import LiveTrial
 
 logger = logging.getLogger(__name__)

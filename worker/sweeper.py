@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from worker.outage import Outage
+from db.outage import Outage
 
 logger = logging.getLogger(__name__)
 

@@ -40,9 +40,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, WORKER_UNACKED_KEY
+from db.outage import Outage
 from worker import clock
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
-from worker.outage import Outage
 
 logger = logging.getLogger(__name__)
 

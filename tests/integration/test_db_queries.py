@@ -587,9 +587,16 @@ class TestTrainingRuns:
         self.request(requested, "waiting")
         tell(requested, queries.claim_run, "run", minutes(1))
         tell(requested, queries.claim_run, "alive", minutes(1))
-        tell(requested, queries.report_progress, "alive", now=minutes(9))
         # When the silent ones are looked for
-        given_up = tell(requested, queries.fail_abandoned_runs, silent_since=minutes(5), now=minutes(10))
+        last_seen = ask(requested, queries.heartbeats)
+        assert set(last_seen) == {"run", "alive"}
+        # and one of them speaks before it is given up
+        tell(requested, queries.report_progress, "alive", now=minutes(9))
+        given_up = [
+            run_id
+            for run_id, heartbeat_at in last_seen.items()
+            if tell(requested, queries.fail_abandoned_run, run_id, heartbeat_at=heartbeat_at, now=minutes(10))
+        ]
         # Then only the first has failed, and says why
         assert given_up == ["run"]
         run = ask(requested, queries.run, "run")
@@ -602,7 +609,7 @@ class TestTrainingRuns:
         # Given a run that was given up while its process still worked
         tell(requested, prepare, "v2")
         tell(requested, queries.claim_run, "run", NOON)
-        tell(requested, queries.fail_abandoned_runs, silent_since=minutes(5), now=minutes(5))
+        tell(requested, queries.fail_abandoned_run, "run", heartbeat_at=NOON, now=minutes(5))
         # When the process speaks again, it is told
         with pytest.raises(RunIsOver, match="it is failed"):
             tell(requested, queries.report_progress, "run", now=minutes(6), step=3)

@@ -479,8 +479,8 @@ class TestOutage:
     def database(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         """An engine that soon notices that its database is away."""
         monkeypatch.setattr("db.session.BUSY_TIMEOUT_S", 0.05)
-        monkeypatch.setattr("worker.outage.FIRST_PAUSE_S", 0.02)
-        monkeypatch.setattr("worker.outage.LAST_PAUSE_S", 0.1)
+        monkeypatch.setattr("db.outage.FIRST_PAUSE_S", 0.02)
+        monkeypatch.setattr("db.outage.LAST_PAUSE_S", 0.1)
         engine = open_database(database_url)
         yield engine
         engine.dispose()

@@ -1,6 +1,7 @@
 """A retrain from claim to verdict, in this process: what it leaves behind however it ends."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from db.queries import ActivationRow, RunRow
 from db.session import reading, writing
 from model.engine import load_scorer
 from model.version import read_manifest
+from tests.integration.outage import outage
 from tests.integration.rows import prepare, scored
 from tests.services import wait_until
 from trainer.dataset import read_csv
@@ -267,3 +269,28 @@ def test_a_run_that_is_given_up_meanwhile_activates_nothing(
     assert row.step is None or row.step < 6_400
     assert registered(engine) == published(settings) == ["v1"]
     assert newest_activation(engine) == active
+
+
+def test_a_finished_training_waits_for_a_database_that_is_away(
+    engine: Engine,
+    settings: Settings,
+    active: ActivationRow,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Given a database that goes away while a version trains
+    monkeypatch.setattr("db.session.BUSY_TIMEOUT_S", 0.05)
+    request(engine, ANYTHING_PASSES)
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(carry_out, RUN, settings)
+        wait_until(lambda: run(engine).phase == "training", what="the training")
+        with outage(database_url):
+            # When it comes to the verdict
+            wait_until(lambda: "the database cannot be written to" in caplog.text, what="the verdict's attempt")
+        finished.result()
+    # Then the verdict was given when the database was back, and said so once
+    assert run(engine).state == "promoted", run(engine).reason
+    assert newest_activation(engine).version == run(engine).version
+    assert caplog.text.count("the database cannot be written to") == 1
+    assert caplog.text.count("the database can be written to again") == 1
