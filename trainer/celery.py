@@ -3,7 +3,11 @@
 A run trains in the child of the prefork pool, so that this parent never loads torch and answers meanwhile.
 """
 
+import time
+from typing import Any
+
 from celery import Celery
+from celery.worker.consumer import Consumer as CeleryConsumer
 
 from config.names import RETRAIN_QUEUE, TRAINER_CONTROL_EXCHANGE, TRAINER_UNACKED_KEY
 from config.settings import SettingsError, settings
@@ -12,6 +16,29 @@ try:
     _settings = settings()
 except SettingsError as error:
     raise SystemExit(f"moderato: {error}") from None
+
+RECONNECT_PAUSE_S = 1.0
+
+
+class Consumer(CeleryConsumer):
+    """Pauses before it connects anew.
+
+    Celery pauses between attempts to connect. A Redis that takes the connection and then refuses what is needed to
+    start on it would be tried without end, and without pause.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Gossip is of no use here, and prints a page of its own about every lost connection.
+        super().__init__(*args, **{**kwargs, "without_gossip": True})
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        time.sleep(RECONNECT_PAUSE_S)
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        super().on_connection_error_before_connected(exc)
+        time.sleep(RECONNECT_PAUSE_S)
+
 
 app = Celery("trainer", include=["trainer.tasks"])
 app.conf.update(
@@ -26,6 +53,10 @@ app.conf.update(
     },
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    # What Redis refuses while a connection begins, as at its maxmemory, is tried again too (see Consumer), or it would
+    # end the trainer.
+    broker_channel_error_retry=True,
+    worker_consumer="trainer.celery:Consumer",
     accept_content=["json"],
     task_serializer="json",
     task_ignore_result=True,

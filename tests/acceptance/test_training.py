@@ -68,3 +68,19 @@ def test_a_trainer_killed_with_its_training_fails_the_run_when_it_is_back(system
     following = system.wait_until_finished(following_id)
     assert following.state == "promoted", following.reason
     assert [activation.version for activation in system.client.activations()] == [following.version, "v1"]
+
+
+def test_a_trainer_outlives_a_redis_that_is_full_when_it_connects_anew(system: System) -> None:
+    # Given a trainer that loses its connection to a Redis at its maxmemory
+    trainer = system.start_trainer()
+    system.redis.config_set("maxmemory", 1)
+    try:
+        system.redis.execute_command("CLIENT", "KILL", "TYPE", "normal")
+        trainer.wait_for_log("memory > 'maxmemory'")
+    finally:
+        # When there is room again
+        system.redis.config_set("maxmemory", 0)
+    # Then the same process trains
+    run = system.wait_until_finished(system.client.retrain(requested_by="the test"))
+    assert run.state == "promoted"
+    assert trainer.is_running
