@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 from api_client.client import BrokerUnavailable, ModerationClient
 from api_client.limits import QueueFull
-from bench.chaos.mutations import mutated_message
 from bench.context import read_texts
-from bench.system import Envelopes
+from bench.mutate import mutated
 from config.names import MODERATE_QUEUE
 from config.settings import settings
 from db.session import DatabaseProblem
@@ -38,8 +38,8 @@ LONGEST_LIST = 150
 MUTATED_AT_ONCE = 60
 MUTATED_PAUSE_S = 0.2
 AFTER_FAILURE_S = 0.5
-PATTERN_FILE = "pattern.json"
-"""Beside the journals: a message as the client writes it."""
+COMMON_ID = str(UUID(int=0)).encode()[:24]
+"""With which the ids of all messages begin that are mutated."""
 
 REFUSALS = (BrokerUnavailable, DatabaseProblem, QueueFull)
 """What `submit` raises when something is away."""
@@ -140,12 +140,14 @@ def _submit(client: ModerationClient, style: str, comments: list[dict[str, str]]
 def mutate(name: str, seed: int, journal: Path) -> Iterator[float]:
     """Push mutated messages again and again; the journal says what is to become of each: the ids of its rows."""
     chance = random.Random(f"{seed} {name} {journal.stat().st_size if journal.exists() else 0}")
-    texts = [text for text in read_texts() if len(text) < 500]
-    envelopes = Envelopes((journal.parent / PATTERN_FILE).read_bytes())
     writer = Writer(journal)
     with Redis(unix_socket_path=settings().broker_url.removeprefix("redis+socket://"), socket_timeout=15) as redis:
         while True:
-            messages = [mutated_message(envelopes, texts, chance) for _ in range(MUTATED_AT_ONCE)]
+            messages = [
+                # All are made of the same few, which would be one submission each.
+                raw.replace(COMMON_ID, str(UUID(int=chance.getrandbits(128))).encode()[: len(COMMON_ID)])
+                for raw in mutated(chance.getrandbits(64), MUTATED_AT_ONCE)
+            ]
             expected = [sorted(expected_ids(message)) for message in messages]
             writer.note(mutated=expected)
             try:

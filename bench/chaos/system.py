@@ -25,7 +25,6 @@ from sqlalchemy.exc import DBAPIError
 from api_client.client import ModerationClient
 from api_client.embedded import redis_server_executable
 from bench.chaos.plan import LEASE_S
-from bench.chaos.producer import PATTERN_FILE
 from bench.system import Process, administer, celery_command, thaw
 from bench.tiny import copy_version
 from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
@@ -42,7 +41,6 @@ WORKERS = ("worker-1", "worker-2")
 PRODUCERS: Mapping[str, str] = {"singles": "singles", "keyed": "keyed", "lists": "lists", "more-lists": "lists"}
 """Each producer's style by its name."""
 MUTATED = "mutated"
-PATTERN_QUEUE = "chaos.pattern"
 
 QUICK_TRAINING = {
     "MAX_ROWS": "96",
@@ -216,7 +214,6 @@ class ChaosSystem:
             self.client = ModerationClient(self.broker_url, self.database_url)
             stack.callback(self.client.close)
             self._write_versions()
-            self._keep_pattern()
             self._stack = stack.pop_all()
         return self
 
@@ -312,13 +309,6 @@ class ChaosSystem:
             return True
 
         self.processes[name].process.wait_for(ready, f"the start of {name}", START_TIMEOUT_S)
-
-    def _keep_pattern(self) -> None:
-        self.client.submit("x", queue=PATTERN_QUEUE)
-        pattern = self.redis.rpop(PATTERN_QUEUE)
-        assert isinstance(pattern, bytes)
-        self.redis.flushall()  # what kombu remembers of that queue
-        (self.folder / PATTERN_FILE).write_bytes(pattern.replace(PATTERN_QUEUE.encode(), MODERATE_QUEUE.encode()))
 
     def _write_versions(self) -> None:
         self.versions_dir = self.scratch / "versions"

@@ -1,7 +1,6 @@
 """The chaos run's pure parts: the plan is the seed's, and the account notices whatever broke."""
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,8 @@ import pytest
 
 from bench.chaos.account import Account, Leftovers, Letter, Row, compare, recoveries
 from bench.chaos.monkey import Strike
-from bench.chaos.mutations import mutated_message
 from bench.chaos.plan import KINDS, Fault, draw_plan
 from bench.chaos.producer import Journal, MutatedJournal, read_journal
-from bench.system import Envelopes
 
 NOTHING_LEFT = Leftovers({}, [])
 
@@ -141,15 +138,3 @@ def test_recovery_is_the_next_commit_of_a_comment_submitted_after_the_fault() ->
     assert every == alone == {"kill-redis": [4.5], "freeze-redis": [2.0]}
     overlapping = [*strikes, Strike(Fault("swap", 0, 0, 0), 12.0, 12.0)]
     assert "kill-redis" not in recoveries(overlapping, rows)[1]
-
-
-def test_mutated_messages_are_the_seeds() -> None:
-    pattern = json.dumps(
-        {"body": "W1tdLCB7fSwgW11d", "headers": {"id": "an-id", "submitted_at": 1.0}, "properties": {}}
-    ).encode()
-
-    def some(seed: int) -> list[int]:
-        chance = random.Random(seed)
-        return [len(mutated_message(Envelopes(pattern), ["a text"], chance)) for _ in range(300)]
-
-    assert some(1) == some(1) != some(2)
