@@ -34,7 +34,7 @@ from config.names import (
 from config.settings import settings, without_password
 from db.migrate import require_current
 from db.outage import Outage
-from db.session import DatabaseProblem, open_database
+from db.session import DatabaseProblem, is_outage, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
 from worker import clock
@@ -64,6 +64,10 @@ STEADY_S = 60.0
 """A connection that lasted so long was sound: pauses begin anew after it."""
 LAST_WORDS_S = 5.0
 """For Redis to hear what a worker that ends still has to say."""
+START_PATIENCE_S = 60.0
+"""How long a worker that starts waits for a database that does not answer: both may have just been switched on."""
+LONGEST_START_PAUSE_S = 3.0
+"""In which a SIGTERM is not heard."""
 LONGEST_QUEUE_AGE_S = 366 * 86_400
 
 
@@ -130,15 +134,7 @@ class Intake(bootsteps.StartStopStep):
     def start(self, consumer: Consumer) -> None:
         """On start, and again after each lost connection: the pipeline goes on through that, the channel is new."""
         if self._pipeline is None:
-            try:
-                self._pipeline = self._start_pipeline(consumer.app, consumer.hostname)
-            except (DatabaseProblem, PolicyError, VersionError) as error:
-                logger.critical("cannot start: %s", error)
-                raise SystemExit(1) from None
-            except (DBAPIError, OSError) as error:
-                database = without_password(settings().database_url)
-                logger.critical("cannot start: the database %s cannot be used: %s", database, error)
-                raise SystemExit(1) from None
+            self._pipeline = self._start_pipeline_patiently(consumer)
         self._hub = consumer.hub
         self._channel = consumer.task_consumer.channel
         self._channel.fetch_limit = self.fetch_limit
@@ -156,6 +152,26 @@ class Intake(bootsteps.StartStopStep):
             last_words = threading.Timer(LAST_WORDS_S, _end_without_redis)
             last_words.daemon = True
             last_words.start()
+
+    def _start_pipeline_patiently(self, consumer: Consumer) -> Pipeline:
+        """A pipeline, as soon as the database answers; the end of the worker where it does not, or never could."""
+        deadline = time.monotonic() + START_PATIENCE_S
+        outage = Outage()
+        while True:
+            try:
+                return self._start_pipeline(consumer.app, consumer.hostname)
+            except (DatabaseProblem, PolicyError, VersionError) as error:
+                logger.critical("cannot start: %s", error)
+                raise SystemExit(1) from None
+            except (DBAPIError, OSError) as error:
+                trouble = f"the database {without_password(settings().database_url)} cannot be used: {error}"
+                if not is_outage(error) or time.monotonic() > deadline:
+                    logger.critical("cannot start: %s", trouble)
+                    raise SystemExit(1) from None
+            if outage.begin():
+                logger.error("%s; waiting up to %g s for it", trouble, START_PATIENCE_S)
+            time.sleep(min(outage.pause_s(), LONGEST_START_PAUSE_S))
+            worker_state.maybe_shutdown()
 
     def _start_pipeline(self, app: Celery, worker: str) -> Pipeline:
         database = open_database(settings().database_url)

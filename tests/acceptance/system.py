@@ -170,18 +170,22 @@ class System:
 
     def start_worker(self, *, node: str = "w1", **worker_settings: str) -> CeleryProcess:
         """`celery -A worker worker -Q toxicity`, ready. Settings are those of the section worker."""
+        return self.begin_worker(node=node, **worker_settings).wait_until_ready()
+
+    def begin_worker(self, *, node: str = "w1", **worker_settings: str) -> CeleryProcess:
+        """The same, not waited for."""
         variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in worker_settings.items()}
         return self._start("worker", MODERATE_QUEUE, node, variables)
 
     def start_trainer(self) -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""
-        return self._start("trainer", RETRAIN_QUEUE, "t1", QUICK_TRAINING)
+        return self._start("trainer", RETRAIN_QUEUE, "t1", QUICK_TRAINING).wait_until_ready()
 
     def _start(self, app: str, queue: str, node: str, environment: Mapping[str, str]) -> CeleryProcess:
         log = self._directory / f"{app}-{len(self._processes)}.log"
         process = CeleryProcess(app, queue, node, {**self.environment, **environment}, log)
         self._processes.append(process)
-        return process.wait_until_ready()
+        return process
 
     def training_processes(self) -> list[int]:
         """Process ids of the trainer's pool, as the trainer itself tells them."""

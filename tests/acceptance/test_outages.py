@@ -304,6 +304,23 @@ def test_decisions_wait_for_postgresql(
             assert "Traceback" not in broken.new_log()
 
 
+@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+def test_a_worker_that_starts_waits_for_its_database(system: System, database_url: str, texts: list[str]) -> None:
+    ids = [*system.client.submit_many(texts[:50])]
+    # When workers are started while the database lets nobody in
+    with closed_to_everyone(database_url):
+        patient, stopped = system.begin_worker(), system.begin_worker(node="w2")
+        for worker in (patient, stopped):
+            worker.wait_for_log("waiting up to 60 s for it")
+        # Then one that is told to end does so
+        stopped.terminate()
+        assert stopped.wait() == 0
+    # And the other goes to work when the database is back
+    patient.wait_until_ready()
+    system.wait_for_decisions(ids)
+    assert patient.log().count("cannot be used") == 1
+
+
 @contextmanager
 def closed_to_everyone(postgres_url: str) -> Iterator[None]:
     """The database ends every connection and takes no new one while the block runs."""
