@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from config.names import INTERACTIVE_QUEUE, LABELS, Reason
 from db import dead_letters
 from db.dead_letters import DeadLetterRow
 from db.outage import Outage
 from db.queries import ScoredSubmission, record_decisions, store_policy
-from db.session import is_outage, writing
+from db.session import is_outage, without_rows, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.batching import padded_tokens
 from model.engine import Scorer, Scores
@@ -465,7 +466,9 @@ class Pipeline:
                 raise
             with self._outage_lock:
                 if self._outage.begin():
-                    logger.error("the database cannot be written to (%s); decisions wait for it", _kind(error))
+                    # An outage is no row's doing, so what the driver says of it quotes none.
+                    said = without_rows(error) if isinstance(error, DBAPIError) else _kind(error)
+                    logger.error("the database cannot be written to (%s); decisions wait for it", said)
             return False
         if self._outage.end():
             logger.warning("the database can be written to again")

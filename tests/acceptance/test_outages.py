@@ -226,7 +226,7 @@ def test_decisions_wait_for_sqlite(
         @contextmanager
         def is_full() -> Iterator[None]:
             limit_file_size([worker.pid], Path(file).stat().st_size)
-            broken.wait_for_words("the database cannot be written to (OperationalError")
+            broken.wait_for_words("the database cannot be written to (disk I/O error)")
             assert system.client.nodes() == ([worker.node], [])
             assert system.held_messages() > 0
             yield
