@@ -1,11 +1,13 @@
-"""Fixtures of the acceptance tests: a system to start processes in, real comments, and versions to score with."""
+"""Fixtures of the acceptance tests: a system, real comments, versions to score with, and a Redis to break."""
 
 import csv
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from api_client.embedded import EmbeddedRedis
 from config.settings import ROOT
 from tests.acceptance.system import System
 
@@ -17,6 +19,17 @@ def texts() -> list[str]:
     """2,000 real comments, no two alike."""
     with COMMENTS_CSV.open(encoding="utf-8", newline="") as file:
         return [row["comment_text"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def own_redis() -> Iterator[EmbeddedRedis]:
+    """A Redis with an append-only file of its own, which the test may stop."""
+    # In /tmp itself, because a socket's path has at most 107 bytes.
+    with (
+        tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder,
+        EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis,
+    ):
+        yield redis
 
 
 @pytest.fixture

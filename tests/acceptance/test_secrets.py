@@ -5,8 +5,7 @@ import json
 import os
 import signal
 import socket
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
@@ -46,17 +45,6 @@ REFUSING_TRIGGER = {
         f"WHEN (NEW.community = '{UNLUCKY}') EXECUTE FUNCTION refuse()",
     ],
 }
-
-
-@pytest.fixture
-def own_redis() -> Iterator[EmbeddedRedis]:
-    """A Redis with an append-only file of its own."""
-    # In /tmp itself, because a socket's path has at most 107 bytes.
-    with (
-        tempfile.TemporaryDirectory(prefix="moderato-redis-", dir="/tmp") as folder,
-        EmbeddedRedis(Path(folder), data=Path(folder, "data"), log=Path(folder, "redis.log")) as redis,
-    ):
-        yield redis
 
 
 class Producer:
