@@ -250,11 +250,14 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise SettingsError(f"{variable} in the environment needs a section {section}, which is a value there")
-        # Lists are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'.
+        # Lists and mappings are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'. A brace alone does
+        # not make a mapping: Redis' key prefixes may begin with one.
         try:
-            target[key] = yaml.safe_load(text) if text.startswith("[") else text
+            target[key] = yaml.safe_load(text) if re.fullmatch(r"\[.*|\{.*: .*\}", text, re.DOTALL) else text
         except yaml.YAMLError as error:
-            raise SettingsError(f"{variable} in the environment is not a list as in YAML: {_trouble(error)}") from None
+            raise SettingsError(
+                f"{variable} in the environment is no list or mapping as in YAML: {_trouble(error)}"
+            ) from None
     return values
 
 

@@ -51,6 +51,12 @@ class TestLayers:
         settings = load_settings({"MODERATO_TRAINER__TRAIN_FILES": "[a.csv, /data/b.csv]"})
         assert settings.trainer.train_files == [ROOT / "a.csv", Path("/data/b.csv")]
 
+    def test_a_mapping_too_but_not_whatever_stands_in_braces(self) -> None:
+        limits = {"MODERATO_CLIENT__COMMUNITY_MAX_COMMENTS_PER_MINUTE": '{"news": 5, Sport: 7}'}
+        assert load_settings(limits).client.community_max_comments_per_minute == {"news": 5, "Sport": 7}
+        prefix = {"MODERATO_BROKER_OPTIONS__GLOBAL_KEYPREFIX": "{moderato}:"}
+        assert load_settings(prefix).broker_options.global_keyprefix == "{moderato}:"
+
     def test_variables_of_others_are_left_alone(self) -> None:
         others = {"PATH": "/bin", "MODERATOR": "x", "MODERATO_TEST_DATABASE_URL": "postgresql://db/x"}
         assert load_settings(others) == load_settings({})
@@ -99,7 +105,7 @@ class TestMistakes:
 
     def test_a_list_in_the_environment_that_does_not_end(self) -> None:
         said = complaint({"MODERATO_TRAINER__TRAIN_FILES": "[a.csv"})
-        assert said.startswith("MODERATO_TRAINER__TRAIN_FILES in the environment is not a list as in YAML: ")
+        assert said.startswith("MODERATO_TRAINER__TRAIN_FILES in the environment is no list or mapping as in YAML: ")
 
 
 class TestUrls:
