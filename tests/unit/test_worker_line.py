@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.batching import BatchCost, Batching
@@ -34,11 +34,13 @@ def test_a_window_takes_from_the_front_and_loses_nothing(short: list[int], long:
     assert bool(window) is bool(short or long)
 
 
+@example([1] * 6 + [220] + [243] * 8, [1] * 3 + [222] + [243] * 9)
 @given(LENGTHS, LENGTHS)
 def test_a_window_is_bounded(short: list[int], long: list[int]) -> None:
     window = take_window(pieces(short), pieces(long), BATCHING)
     longest = max([*short, *long], default=0)
-    assert tokens(window) < 2 * (BATCHING.window_tokens + longest)
+    # The short ones may pass the window by less than one of them; the long ones those by less than one of theirs.
+    assert tokens(window) < 2 * (BATCHING.window_tokens + longest) + longest
 
 
 def test_long_texts_alone_come_a_batch_at_a_time() -> None:
