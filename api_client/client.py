@@ -384,10 +384,7 @@ class ModerationClient:
         return ids
 
     def _send(self, comments: list[dict[str, Any]], queue: str, durable: bool, ids: SubmissionIds) -> SubmissionIds:
-        messages = [
-            (new_task_id(), comments[start : start + COMMENTS_PER_MESSAGE])
-            for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
-        ]
+        messages = _in_messages(comments)
         own_headers = {SUBMITTED_AT_HEADER: time.time()}
         limits: Limits | None = Limits.of(comments, self._settings)
 
@@ -553,11 +550,7 @@ class ModerationClient:
             rows = [_pending(form, submission_id, letter.queue, now, now) for submission_id, form in comments]
             if not dead_letters.take_back(connection, dead_letter_id, rows):
                 raise NotRetryable("somebody else has just retried or deleted it")
-        forms = [form for _, form in comments]
-        messages = [
-            (new_task_id(), forms[start : start + COMMENTS_PER_MESSAGE])
-            for start in range(0, len(forms), COMMENTS_PER_MESSAGE)
-        ]
+        messages = _in_messages([form for _, form in comments])
         own_headers = dict.fromkeys((SUBMITTED_AT_HEADER, ENQUEUED_AT_HEADER), now.timestamp())
 
         def publish() -> None:
@@ -1011,6 +1004,14 @@ def _checked_form(comment: str | Mapping[str, Any], durable: bool) -> dict[str, 
             "submit this one with durable=False"
         )
     return form
+
+
+def _in_messages(comments: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """In lists that are not too long for a message, each with a task id of its own."""
+    return [
+        (new_task_id(), comments[start : start + COMMENTS_PER_MESSAGE])
+        for start in range(0, len(comments), COMMENTS_PER_MESSAGE)
+    ]
 
 
 def _pending(
