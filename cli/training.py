@@ -82,7 +82,7 @@ def train(
 
     held_out = read_csv(holdout or chosen.holdout_file)
     rows = training_set(
-        concatenate([read_csv(path) for path in files or chosen.train_files]),
+        concatenate([read_csv(Path(path)) for path in files or chosen.train_files]),
         from_corrections([]),
         held_out,
         max_rows=chosen.max_rows,

@@ -27,6 +27,8 @@ PREFIX = "MODERATO_"
 CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+HUB_PREFIX = "hub:"
+"""Of a source of training rows that is a dataset of the Hugging Face hub, not a path."""
 DATABASE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg")
 
 
@@ -71,9 +73,15 @@ def _database_url(value: str) -> str:
     return url.render_as_string(hide_password=False)
 
 
+def _data_source(value: str) -> str:
+    return value if value.startswith(HUB_PREFIX) else str(_from_root(Path(value)))
+
+
 BrokerUrl = Annotated[str, AfterValidator(_broker_url)]
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 RootedPath = Annotated[Path, AfterValidator(_from_root)]
+DataSource = Annotated[str, AfterValidator(_data_source)]
+Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 
 
 class Section(BaseModel):
@@ -132,22 +140,46 @@ class TrainerSettings(Section):
 
     encoder: str = Field(min_length=1)
     max_length: int = Field(ge=8, le=8192)
+    train_files: list[DataSource]
+    holdout_file: RootedPath
+    columns: dict[Literal["comment_text", Label], str]
+    positive_from: float = Field(gt=0, le=1)
     max_rows: int = Field(ge=0)
     max_holdout_rows: int = Field(ge=0)
-    train_files: list[RootedPath]
-    holdout_file: RootedPath
+    validation_share: float = Field(ge=0, lt=1)
+    correction_repeats: int = Field(ge=1, le=100)
+    evasion_share: float = Field(ge=0, le=10)
+    synonym_share: float = Field(ge=0, le=10)
+    positive_weights: Literal["none", "sqrt", "balanced"]
+    focal_gamma: float = Field(ge=0, le=10)
+    oversample_share: float = Field(ge=0, le=0.5)
     epochs: float = Field(gt=0, le=100)
     batch_size: int = Field(ge=1, le=4096)
+    gradient_accumulation: int = Field(ge=1, le=4096)
     learning_rate: float = Field(gt=0, le=1)
+    lr_schedule: Literal["linear", "cosine"]
     warmup_ratio: float = Field(ge=0, lt=1)
+    layer_lr_decay: float = Field(gt=0, le=1)
     weight_decay: float = Field(ge=0, le=1)
-    correction_repeats: int = Field(ge=1, le=100)
+    max_grad_norm: float = Field(gt=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    gradient_checkpointing: bool
+    evaluations_per_epoch: int = Field(ge=1, le=100)
+    early_stopping_patience: int = Field(ge=0, le=1000)
+    checkpoint_steps: int = Field(ge=0)
+    report_to: list[str]
     seed: int = Field(ge=0, le=2**31 - 1)
+    calibration: Literal["none", "temperature"]
+    target_precision: float = Field(gt=0, lt=1)
     calibration_texts: int = Field(ge=8, le=4096)
+    max_int8_auc_drop: float = Field(ge=0, le=1)
     max_label_auc_drop: float = Field(ge=0, le=1)
     max_mean_auc_drop: float = Field(ge=0, le=1)
     max_label_log_loss_rise: float = Field(ge=0)
     min_label_positives: int = Field(ge=1)
+    max_evasion_auc_drop: float = Field(ge=0, le=1)
+    max_bias_auc_drop: float = Field(ge=0, le=1)
+    robustness_rows: int = Field(ge=0)
 
 
 class Settings(Section):

@@ -96,7 +96,7 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
 
     holdout = _first(read_csv(chosen.holdout_file), chosen.max_holdout_rows)
     training = training_set(
-        concatenate([read_csv(path) for path in chosen.train_files]),
+        concatenate([read_csv(Path(path)) for path in chosen.train_files]),
         corrections,
         holdout,
         max_rows=chosen.max_rows,

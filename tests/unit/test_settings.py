@@ -49,7 +49,7 @@ class TestLayers:
 
     def test_a_list_in_the_environment_is_written_as_in_yaml(self) -> None:
         settings = load_settings({"MODERATO_TRAINER__TRAIN_FILES": "[a.csv, /data/b.csv]"})
-        assert settings.trainer.train_files == [ROOT / "a.csv", Path("/data/b.csv")]
+        assert settings.trainer.train_files == [str(ROOT / "a.csv"), "/data/b.csv"]
 
     def test_a_mapping_too_but_not_whatever_stands_in_braces(self) -> None:
         limits = {"MODERATO_CLIENT__COMMUNITY_MAX_COMMENTS_PER_MINUTE": '{"news": 5, Sport: 7}'}
