@@ -1,86 +1,24 @@
-"""Measuring a version, and whether it may replace the active one."""
+"""Whether a version may replace the active one."""
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from config.names import LABELS
 from config.settings import TrainerSettings, load_settings
-from trainer.dataset import Dataset
-from trainer.evaluation import Evaluation, LabelMetrics, measure
+from trainer.evaluation import Evaluation, LabelMetrics
 from trainer.gate import judge
 
-UNKNOWN = math.nan
 BARS = load_settings({}).trainer
 """A label may fall by 0.02, the mean by 0.005, and five of each class must be there."""
-
-
-def holdout(labels: np.ndarray) -> Dataset:
-    return Dataset([f"text {n}" for n in range(len(labels))], labels.astype(np.float32))
 
 
 def evaluation(**roc_auc: float | None) -> Evaluation:
     """These figures, 0.9 for every other label, on fifty rows of each class."""
     metrics = {label: LabelMetrics(50, 50, roc_auc.get(label, 0.9), 0.5, 0.2) for label in LABELS}
     return Evaluation(100, "the same rows", metrics)
-
-
-# --- Measuring ---
-
-
-def test_figures_are_those_of_the_known_rows() -> None:
-    # Given scores and labels of which a third is unknown
-    random = np.random.default_rng(3)
-    labels = random.integers(0, 2, (60, 6)).astype(np.float32)
-    labels[::3] = UNKNOWN
-    scores = (0.5 * random.random((60, 6)) + 0.3 * np.nan_to_num(labels)).astype(np.float32)
-    # When they are measured
-    measured = measure(scores, holdout(labels))
-    # Then each label has its figures over the rows where it is known
-    known = np.arange(60) % 3 != 0
-    for column, label in enumerate(LABELS):
-        truth, predicted = labels[known, column], scores[known, column]
-        assert measured.labels[label] == LabelMetrics(
-            int(truth.sum()),
-            40 - int(truth.sum()),
-            roc_auc_score(truth, predicted),
-            average_precision_score(truth, predicted),
-            log_loss(truth, predicted.astype(np.float64)),
-        )
-    assert measured.mean_roc_auc == pytest.approx(np.mean([m.roc_auc for m in measured.labels.values()]))
-    assert measured.rows == 60
-
-
-def test_figures_by_hand() -> None:
-    # Of the four pairs of a positive and a negative, three are in the right order
-    scores = np.zeros((4, 6), dtype=np.float32)
-    scores[:, 0] = [0.9, 0.4, 0.6, 0.1]
-    labels = np.zeros((4, 6))
-    labels[:2, 0] = 1
-    toxic = measure(scores, holdout(labels)).labels["toxic"]
-    assert (toxic.positives, toxic.negatives, toxic.roc_auc) == (2, 2, 0.75)
-    assert toxic.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert toxic.log_loss == pytest.approx(-(math.log(0.9) + math.log(0.4) + math.log(0.4) + math.log(0.9)) / 4)
-
-
-@pytest.mark.parametrize(("value", "positives", "negatives"), [(1, 7, 0), (0, 0, 7), (UNKNOWN, 0, 0)])
-def test_a_label_of_one_class_has_no_figure(value: float, positives: int, negatives: int) -> None:
-    measured = measure(np.full((7, 6), 0.5, dtype=np.float32), holdout(np.full((7, 6), value)))
-    assert measured.labels["threat"] == LabelMetrics(positives, negatives, None, None, None)
-    assert measured.mean_roc_auc is None
-    assert measured.as_dict()["mean_roc_auc"] is None
-
-
-def test_labels_without_a_figure_do_not_count_in_the_mean() -> None:
-    assert evaluation(threat=None, toxic=0.8).mean_roc_auc == pytest.approx((0.8 + 4 * 0.9) / 5)
-
-
-# --- The gate ---
 
 
 def test_a_better_version_is_promoted_and_the_reason_has_its_figures() -> None:
