@@ -48,7 +48,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, privacy, queries, trials
+from db import dead_letters, privacy, queries, reviews, trials
 from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -606,6 +606,11 @@ class ModerationClient:
                 note=note,
                 now=datetime.now(UTC),
             )
+
+    def judged_texts(self) -> Iterator[reviews.JudgedText]:
+        """Stream every reviewed text with what each reviewer says of it; see `moderato review agreement`."""
+        with self._reading() as connection:
+            yield from reviews.judged_texts(connection)
 
     # --- Erasing -------------------------------------------------------------------------------------------------
 

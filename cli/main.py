@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import dead_letters, offline, privacy, producing, status, system, training, trials, versions
+from cli import dead_letters, offline, privacy, producing, reviewing, status, system, training, trials, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -39,10 +39,10 @@ app.command()(system.up)
 app.command()(status.status)
 app.command()(producing.submit)
 app.command()(producing.results)
-app.command()(producing.review)
+app.add_typer(reviewing.app, name="review")
 app.command()(privacy.erase)
 app.command()(training.retrain)
-app.command()(versions.models)
+app.add_typer(versions.app, name="models")
 app.command()(versions.activate)
 app.command()(versions.rollback)
 app.command()(offline.score)

@@ -1,4 +1,4 @@
-"""Commands of producers and moderators: submit comments, read what was decided, correct it."""
+"""Commands of producers: submit comments, read what was decided."""
 
 import csv
 import json
@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import Problem, out, print_json, progress, say, shorten, shown, user
-from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, LABELS, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
+from cli.terminal import Problem, out, print_json, progress, say, shorten, shown
+from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
     from api_client.limits import TryLater
@@ -138,35 +138,6 @@ def results(
             limit=limit or None,
         )
         _show(rows, as_json=as_json, with_text=text)
-
-
-def review(
-    submission_id: Annotated[str, typer.Argument(help="As `moderato results` shows it.")],
-    action: Annotated[Action, typer.Option(help="What should be done with the comment.")],
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL=0|1", help="What you say of a label; may be repeated.")
-    ] = None,
-    note: Annotated[str | None, typer.Option(help="Why.")] = None,
-    reviewer: Annotated[str | None, typer.Option(help="Who says so; by default you.")] = None,
-) -> None:
-    """Confirm or overturn a decision. It holds at once, and the next retrain learns from it.
-
-    Example: moderato review 5f0c…:0 --action hide --label toxic=1 --label threat=0 --note "a personal attack"
-    """
-    labels = dict(_label(said) for said in label or [])
-
-    from api_client.client import ModerationClient
-
-    with ModerationClient() as client:
-        client.review(submission_id, action=action, labels=labels, reviewer=reviewer or user(), note=note)
-    say(f"{submission_id}: {action}")
-
-
-def _label(said: str) -> tuple[str, int]:
-    label, _, value = said.partition("=")
-    if label not in LABELS or value not in ("0", "1"):
-        raise Problem(f"--label {said} must be LABEL=0 or LABEL=1; the labels are {', '.join(LABELS)}")
-    return label, int(value)
 
 
 def _show(rows: "Iterable[Result]", *, as_json: bool, with_text: bool) -> None:

@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cli.groups import GroupWithDefault
 from cli.terminal import out, print_json, say, shown, user
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from db.trials import TrialRow
 
 
+app = typer.Typer(cls=GroupWithDefault)
+
+
+@app.callback()
 def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """List the model versions, the active one, and which of them each worker runs.
 

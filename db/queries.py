@@ -465,30 +465,6 @@ def add_review(
     return insert_one(connection, Review, row)
 
 
-@dataclass(frozen=True, slots=True)
-class ReviewedExample:
-    """A text and what a person says of it."""
-
-    review_id: int
-    text: str
-    labels: dict[str, bool | None]
-    """All six; None where the reviewer did not say."""
-
-
-def reviewed_examples(connection: Connection) -> Iterator[ReviewedExample]:
-    """Stream the newest review of each submission whose text was stored, oldest review first."""
-    newest = select(func.max(Review.review_id)).group_by(Review.submission_id)
-    labels = [Review.__table__.c[label] for label in LABELS]
-    statement = (
-        select(Review.review_id, Submission.text, *labels)
-        .join(Submission, Submission.submission_id == Review.submission_id)
-        .where(Review.review_id.in_(newest), Submission.text.is_not(None))
-        .order_by(Review.review_id)
-    )
-    for row in streamed(connection, statement):
-        yield ReviewedExample(row["review_id"], row["text"], {label: row[label] for label in LABELS})
-
-
 # --- Versions and activations ------------------------------------------------------------------------------------
 
 

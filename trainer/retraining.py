@@ -17,11 +17,12 @@ from sqlalchemy import Connection, Engine
 
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, trainer_settings
-from db import queries
+from db import queries, reviews
 from db.outage import Outage
 from db.session import is_outage, open_database, reading, writing
 from model.engine import load_scorer
 from model.version import version_directory
+from trainer.agreement import agreed_examples
 from trainer.dataset import Dataset, concatenate, from_corrections, read_csv, training_set
 from trainer.evaluation import evaluate
 from trainer.gate import judge
@@ -85,7 +86,9 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     with reading(database) as connection:
         run = queries.run(connection, run_id)
         active = queries.active(connection)
-        corrections = from_corrections((row.text, row.labels) for row in queries.reviewed_examples(connection))
+        corrections = from_corrections(
+            (text, labels) for text, labels, _ in agreed_examples(reviews.judged_texts(connection))
+        )
     assert run is not None
     if active is None:
         raise NothingToTrain("no version is active yet: start a worker once, or activate a version")

@@ -22,7 +22,7 @@ from api_client.embedded import redis_server_executable
 from bench.tiny import copy_version
 from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
 from config.settings import PREFIX, ROOT, settings
-from db import queries
+from db import queries, reviews
 from db.migrate import upgrade
 from db.privacy import Erased, Subject, erase_expired
 from db.session import open_database, reading, writing
@@ -279,7 +279,7 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         with writing(engine) as connection:
             queries.request_run(connection, run_id="r", requested_by="t", overrides={}, now=datetime.now(UTC))
             assert queries.claim_run(connection, "r", datetime.now(UTC))
-            assert list(queries.reviewed_examples(connection)) == []  # its text was erased
+            assert [each.text for each in reviews.judged_texts(connection)] == [None]  # it was erased
             queries.activate(connection, version="v1", by="trainer", reason="better", now=datetime.now(UTC))
         engine.dispose()
         # And a reader the decisions

@@ -158,6 +158,22 @@ class TestReading:
         assert row is not None
         assert (row.action, row.reviewer, row.note) == ("allow", "ada", "irony")
 
+    def test_who_flips_labels_is_found(self, moderato: Moderato, sqlite_url: str, client: ModerationClient) -> None:
+        # Given a comment that is called like a command, of which one reviewer says the opposite of what two say
+        decide(sqlite_url, scored("agreement"))
+        for name, word in ("ann", 1), ("bob", 1), ("[red]eve\n", 0):
+            moderato("review", "--action", "hide", "agreement", "--label", f"toxic={word}", "--reviewer", name)
+        # Then that one comes first, with least weight
+        rows = json_lines(moderato("review", "agreement", "--json").stdout)
+        assert [(row["name"], row["texts"], row["compared"], row["agreed"]) for row in rows] == [
+            ("[red]eve\n", 1, 2, 0),
+            ("ann", 1, 2, 1),
+            ("bob", 1, 2, 1),
+        ]
+        assert 0 < rows[0]["weight"] < rows[1]["weight"] < 1
+        shown = moderato("review", "agreement").stdout
+        assert "[red]eve │" in shown and "50.0%" in shown
+
     def test_a_review_of_nothing_is_one_line(self, moderato: Moderato) -> None:
         done = moderato("review", "nobody", "--action", "allow", status=1)
         assert done.stderr == "moderato: submission 'nobody' has no decision to review\n"

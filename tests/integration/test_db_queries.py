@@ -388,18 +388,6 @@ class TestReviews:
         with pytest.raises(ValueError, match="unknown labels rude; "):
             review(engine, "1", rude=True)
 
-    def test_the_newest_review_of_each_stored_text_is_an_example(self, engine: Engine) -> None:
-        # Given one submission reviewed twice, one whose text was not stored, and one not reviewed
-        record(engine, scored("1"), replace(scored("2"), text=None), scored("3"))
-        review(engine, "1", toxic=True)
-        review(engine, "2", toxic=True)
-        newest = review(engine, "1", toxic=False, insult=True)
-        # Then there is one example, with the labels that the newest reviewer spoke about
-        [example] = ask(engine, queries.reviewed_examples)
-        assert (example.review_id, example.text) == (newest, "the text of 1")
-        assert example.labels == dict.fromkeys(LABELS) | {"toxic": False, "insult": True}
-        assert list(example.labels) == list(LABELS)
-
 
 class TestVersions:
     def test_registering_again_changes_nothing(self, engine: Engine) -> None:

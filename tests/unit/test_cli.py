@@ -19,6 +19,7 @@ COMMANDS = [
     ["submit"],
     ["results"],
     ["review"],
+    ["review", "agreement"],
     ["dead-letters"],
     ["dead-letters", "list"],
     ["dead-letters", "show"],
