@@ -7,14 +7,22 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from config.settings import ROOT
+from model.deobfuscation import Deobfuscator
+
 TOKENIZER_FILE = "tokenizer.json"
+WORDS_FILE = "words.txt"
+"""Known words of a version, the most frequent first; without it, texts are only normalised."""
+
+KNOWN_WORDS = ROOT / "model" / WORDS_FILE
+"""What a version that starts from an encoder is given."""
 
 Windows = list[list[int]]
 """A text as token ids with the encoder's special tokens: one list, or several overlapping ones where it is long."""
 
 
 def normalise(text: str) -> str:
-    """The text as the model sees it: NFKC, which undoes full-width, circled and mathematical look-alike letters.
+    """One form for what looks the same: NFKC, which undoes full-width, circled and mathematical look-alike letters.
 
     https://unicode.org/reports/tr15/
     """
@@ -22,7 +30,7 @@ def normalise(text: str) -> str:
 
 
 class TextEncoder:
-    """The tokenizer of one model version.
+    """The tokenizer of one model version, and its way to read disguised words.
 
     A text longer than `max_length` tokens is cut into windows of half that length, each beginning in the last quarter
     of the one before, so that no phrase is cut in every window it is in. Half, because a short insult is drowned by the
@@ -35,6 +43,8 @@ class TextEncoder:
 
     def __init__(self, directory: Path, max_length: int) -> None:
         self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        words = directory / WORDS_FILE
+        self._read = Deobfuscator(words.read_text(encoding="utf-8").split()) if words.is_file() else normalise
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._max_length = max_length
@@ -51,7 +61,7 @@ class TextEncoder:
         return [ids if len(ids) <= self._max_length else [*ids[:kept], *self._after] for ids in self._token_ids(texts)]
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast([normalise(text) for text in texts])]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(map(self._read, texts)))]
 
     def _windows(self, ids: list[int]) -> Windows:
         if len(ids) <= self._max_length:

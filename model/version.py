@@ -58,8 +58,6 @@ class Manifest(BaseModel):
     labels: list[str]
     max_length: int = Field(ge=8, le=8192)
     weights: Literal["fp32", "fp16", "int8"]
-    normalisation: Literal["nfkc", "deobfuscate"] = "nfkc"
-    """What is done to a text before it is tokenised; see `model.text`."""
     calibration: dict[str, Any] = {}
     """What was folded into the heads so that scores are probabilities; empty where nothing was."""
     thresholds: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from config.settings import TrainerSettings
 from model.engine import Scorer, default_batching, load_scorer
 from model.network import ToxicityNetwork
 from model.onnx_engine import OnnxEngine
-from model.text import TOKENIZER_FILE, TextEncoder
+from model.text import KNOWN_WORDS, TOKENIZER_FILE, WORDS_FILE, TextEncoder
 from model.torch_engine import TorchEngine, load_network
 from model.version import (
     ENCODER_FILE,
@@ -45,7 +45,8 @@ class StartingPoint:
     """What a training starts from: a version's directory, or a pretrained encoder with untrained heads."""
 
     network: ToxicityNetwork
-    tokenizer_file: Path
+    text_directory: Path
+    """Holds the tokenizer, and the known words where disguised ones are read."""
     max_length: int
     parent: str | None
 
@@ -62,22 +63,20 @@ class WrittenVersion:
 def from_version(directory: Path) -> StartingPoint:
     """Fine-tune further from a verified version."""
     manifest = read_manifest(directory)
-    return StartingPoint(
-        load_network(directory), directory / TOKENIZER_FILE, manifest.max_length, parent=manifest.version
-    )
+    return StartingPoint(load_network(directory), directory, manifest.max_length, parent=manifest.version)
 
 
 def from_encoder(settings: TrainerSettings, work_dir: Path) -> StartingPoint:
-    """Start from the pretrained encoder of the settings. Its tokenizer is saved into `work_dir`.
+    """Start from the pretrained encoder of the settings. Its tokenizer and the known words are put into `work_dir`.
 
     Raises:
         OSError: the hub or the directory has no such encoder, or no safetensors weights.
     """
     torch.manual_seed(settings.seed)  # of the heads, which begin at random
     network = ToxicityNetwork.from_pretrained_encoder(settings.encoder)
-    tokenizer_file = work_dir / TOKENIZER_FILE
-    AutoTokenizer.from_pretrained(settings.encoder).backend_tokenizer.save(str(tokenizer_file))
-    return StartingPoint(network, tokenizer_file, settings.max_length, parent=None)
+    AutoTokenizer.from_pretrained(settings.encoder).backend_tokenizer.save(str(work_dir / TOKENIZER_FILE))
+    shutil.copyfile(KNOWN_WORDS, work_dir / WORDS_FILE)
+    return StartingPoint(network, work_dir, settings.max_length, parent=None)
 
 
 def train_version(
@@ -100,17 +99,18 @@ def train_version(
         TrainingFailed: the loss stopped being a number.
         VersionError: `directory` exists, or what was written does not load.
     """
-    tokenizer_directory = start.tokenizer_file.parent
-    text_encoder = TextEncoder(tokenizer_directory, start.max_length)
+    text_encoder = TextEncoder(start.text_directory, start.max_length)
     # Training may read less of each text than the version will in service: the time of a step grows with it.
-    training_encoder = TextEncoder(tokenizer_directory, min(start.max_length, settings.max_length))
+    training_encoder = TextEncoder(start.text_directory, min(start.max_length, settings.max_length))
     network = start.network
     loss = fine_tune(network, training_encoder, training, settings, work_dir=work_dir / "trainer", report=report)
     network.to("cpu")
 
     with writing_version(directory) as written:
         report(Progress("exporting"))
-        shutil.copyfile(start.tokenizer_file, written / TOKENIZER_FILE)
+        for file in (TOKENIZER_FILE, WORDS_FILE):
+            if (start.text_directory / file).is_file():
+                shutil.copyfile(start.text_directory / file, written / file)
         encoder_config = network.encoder.config.to_diff_dict() | {"model_type": network.encoder.config.model_type}
         (written / ENCODER_FILE).write_text(json.dumps(encoder_config, indent=2, sort_keys=True), encoding="utf-8")
         save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
