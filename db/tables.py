@@ -246,7 +246,7 @@ class TrainingRun(Base):
     """The version it wrote."""
     dataset_sha256: Mapped[str | None] = mapped_column(String(64))
     metrics: Mapped[dict[str, Any] | None]
-    """Candidate's and active version's figures on the same held-out rows."""
+    """Candidate's and active version's figures on the same held-out rows, and the gate's verdict, number by number."""
     reason: Mapped[str | None] = mapped_column(Text)
     """The gate's verdict in words, or why the run failed."""
 

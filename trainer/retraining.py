@@ -137,7 +137,11 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
             state="promoted" if judgement.promoted else "refused",
             reason=judgement.reason,
             version=version,
-            metrics={"candidate": candidate.evaluation.as_dict(), "active": active_evaluation.as_dict()},
+            metrics={
+                "candidate": candidate.evaluation.as_dict(),
+                "active": active_evaluation.as_dict(),
+                "verdict": judgement.as_dict(),
+            },
             now=now,
         )
         if judgement.promoted:

@@ -52,6 +52,8 @@ QUICK_TRAINING = {
     "MAX_LABEL_AUC_DROP": "1",
     "MAX_MEAN_AUC_DROP": "1",
     "MAX_LABEL_LOG_LOSS_RISE": "9",
+    "MAX_EVASION_AUC_DROP": "1",
+    "MAX_BIAS_AUC_DROP": "1",
     "MIN_LABEL_POSITIVES": "1",
 }
 """Trainer settings of a retrain that lasts seconds."""

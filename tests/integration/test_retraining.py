@@ -27,6 +27,8 @@ ANYTHING_PASSES = {
     "max_label_auc_drop": 1.0,
     "max_mean_auc_drop": 1.0,
     "max_label_log_loss_rise": 9.0,
+    "max_evasion_auc_drop": 1.0,
+    "max_bias_auc_drop": 1.0,
     "min_label_positives": 1,
 }
 NOTHING_PASSES = {"min_label_positives": 1_000_000}
@@ -136,6 +138,12 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     assert row.metrics is not None
     assert row.metrics["candidate"]["dataset_sha256"] == row.metrics["active"]["dataset_sha256"]
     assert set(row.metrics["candidate"]["labels"]) == set(LABELS)
+    verdict = row.metrics["verdict"]
+    assert (verdict["promoted"], verdict["reason"]) == (True, row.reason)
+    assert {(each["figure"], each["of"]) for each in verdict["comparisons"]} >= {
+        ("ROC-AUC", "mean"),
+        ("log loss", "toxic"),
+    }
     # And its version is the active one, by the trainer, for that reason
     now_active = newest_activation(engine)
     assert (now_active.version, now_active.activated_by) == (row.version, "trainer")
