@@ -82,6 +82,7 @@ DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 RootedPath = Annotated[Path, AfterValidator(_from_root)]
 DataSource = Annotated[str, AfterValidator(_data_source)]
 Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+PositiveWeights = Literal["none", "sqrt", "balanced"]
 
 
 class Section(BaseModel):
@@ -150,7 +151,7 @@ class TrainerSettings(Section):
     correction_repeats: int = Field(ge=1, le=100)
     evasion_share: float = Field(ge=0, le=10)
     synonym_share: float = Field(ge=0, le=10)
-    positive_weights: Literal["none", "sqrt", "balanced"]
+    positive_weights: PositiveWeights
     focal_gamma: float = Field(ge=0, le=10)
     oversample_share: float = Field(ge=0, le=0.5)
     epochs: float = Field(gt=0, le=100)

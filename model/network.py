@@ -39,21 +39,14 @@ class ToxicityNetwork(nn.Module):
         model_type = settings.pop("model_type")
         return cls(AutoModel.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits, and the loss where labels are given.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """`logits`, (batch, 6).
 
         Args:
             input_ids: token ids, (batch, length).
             attention_mask: 1 for real tokens, 0 for padding, (batch, length).
-            labels: 0 to 1, NaN where unknown, (batch, 6).
-
-        Returns:
-            `logits` (batch, 6), and `loss` (scalar).
         """
-        logits = self.classify(self.pool(input_ids, attention_mask))
-        if labels is None:
-            return {"logits": logits}
-        return {"loss": known_label_loss(logits, labels), "logits": logits}
+        return {"logits": self.classify(self.pool(input_ids, attention_mask))}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The mean of each text's last hidden states, fp32 (batch, hidden); arguments as of `forward`."""
@@ -76,18 +69,3 @@ class ToxicityNetwork(nn.Module):
         """Logits (batch, 6) of pooled texts."""
         pooled = self.dropout(pooled)
         return torch.cat([head(pooled) for head in self.heads], dim=1)
-
-
-def known_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy per head, averaged over the labels that are known; zero where none is.
-
-    Args:
-        logits: (batch, 6).
-        labels: 0 to 1, NaN where unknown, (batch, 6).
-    """
-    known = ~labels.isnan()
-    # Unknown labels are replaced before the loss, not after: NaN × 0 is NaN, in the gradient too.
-    losses = nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), labels.nan_to_num(0.0), weight=known.float(), reduction="sum"
-    )
-    return losses / known.sum().clamp(min=1)

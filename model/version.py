@@ -150,11 +150,11 @@ def writing_version(directory: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.iterdir():
             path.chmod(0o644)  # workers on other hosts may run as other users
-            _sync(path)
+            sync(path)
         temporary.chmod(0o755)
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -169,7 +169,8 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Manifest:
     return checked
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk: what is synced outlasts a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

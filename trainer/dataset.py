@@ -7,7 +7,7 @@ import hashlib
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +26,38 @@ class DatasetError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Texts and their labels, (texts, 6) in the order of `LABELS`, NaN where unknown."""
+    """Texts, their labels and how much each row counts.
+
+    Attributes:
+        labels: (texts, 6) in the order of `LABELS`, from 0 to 1, NaN where unknown.
+        weights: (texts,), of each row in the loss; all 1 where none are given.
+    """
 
     texts: list[str]
     labels: NDArray[np.float32]
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.ones(0, dtype=np.float32))
+
+    def __post_init__(self) -> None:
+        if not len(self.weights):
+            object.__setattr__(self, "weights", np.ones(len(self.texts), dtype=np.float32))
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
     def sha256(self) -> str:
-        """Of every text and label, in order."""
+        """Of every text and label, in order; and of every weight, where one is not 1."""
         digest = hashlib.sha256()
         for text, row in zip(self.texts, self.labels, strict=True):
             digest.update(text.encode())
             digest.update(row.tobytes())
+        if (self.weights != 1).any():
+            digest.update(self.weights.tobytes())
         return digest.hexdigest()
 
     def take(self, indexes: Sequence[int]) -> "Dataset":
-        return Dataset([self.texts[index] for index in indexes], self.labels[list(indexes)])
+        rows = list(indexes)
+        return Dataset([self.texts[row] for row in rows], self.labels[rows], self.weights[rows])
 
     def describe(self) -> dict[str, object]:
         """Rows, and per label how many are known to be positive and negative, for the manifest."""
@@ -115,7 +128,8 @@ def training_set(
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
     none = np.empty((0, len(LABELS)), dtype=np.float32)  # there may be no training files, only corrections
     labels = np.concatenate([none, *(part.labels for part in parts)])
-    return Dataset([text for part in parts for text in part.texts], labels)
+    weights = np.concatenate([none[:, 0], *(part.weights for part in parts)])
+    return Dataset([text for part in parts for text in part.texts], labels, weights)
 
 
 def _key(text: str) -> str:

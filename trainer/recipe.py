@@ -103,7 +103,15 @@ def train_version(
     # Training may read less of each text than the version will in service: the time of a step grows with it.
     training_encoder = TextEncoder(start.text_directory, min(start.max_length, settings.max_length))
     network = start.network
-    loss = fine_tune(network, training_encoder, training, settings, work_dir=work_dir / "trainer", report=report)
+    trained = fine_tune(
+        network,
+        training_encoder,
+        training,
+        training.take([]),
+        settings,
+        work_dir=work_dir / "trainer",
+        report=report,
+    )
     network.to("cpu")
 
     with writing_version(directory) as written:
@@ -147,7 +155,7 @@ def train_version(
         shipped = measure(onnx_scores[: len(holdout)], holdout)
         reference = measure(torch_scores[: len(holdout)], holdout)
         metrics = {
-            "training_loss": loss,
+            "training_loss": trained.loss,
             "holdout_int8": shipped.as_dict(),
             "holdout_fp32": reference.as_dict(),
             "int8_largest_difference": float(np.abs(onnx_scores - torch_scores).max()),

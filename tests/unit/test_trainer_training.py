@@ -15,10 +15,10 @@ from model.network import ToxicityNetwork
 from model.text import TextEncoder
 from model.torch_engine import load_network
 from trainer.dataset import Dataset, read_csv
-from trainer.training import Progress, Report, TrainingFailed, fine_tune
+from trainer.training import FineTuned, Progress, Report, TrainingFailed, fine_tune
 
 ROWS = 20
-FineTune = Callable[..., float]
+FineTune = Callable[..., FineTuned]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,28 @@ def network(tiny_version: Path) -> ToxicityNetwork:
 
 @pytest.fixture
 def train(tiny_version: Path, tmp_path: Path) -> FineTune:
-    """Fine-tune with the tiny version's tokenizer; returns the mean loss."""
+    """Fine-tune with the tiny version's tokenizer."""
 
     def fine_tuned(
-        network: ToxicityNetwork, data: Dataset, report: Report = lambda progress: None, **overrides: object
-    ) -> float:
-        settings = tiny_settings(batch_size=8, **overrides)
-        return fine_tune(network, TextEncoder(tiny_version, 64), data, settings, work_dir=tmp_path, report=report)
+        network: ToxicityNetwork,
+        data: Dataset,
+        report: Report = lambda progress: None,
+        *,
+        validation: Dataset | None = None,
+        resume: bool = False,
+        **overrides: object,
+    ) -> FineTuned:
+        settings = tiny_settings(**{"batch_size": 8, "checkpoint_steps": 0} | overrides)
+        return fine_tune(
+            network,
+            TextEncoder(tiny_version, 64),
+            data,
+            validation or data.take([]),
+            settings,
+            work_dir=tmp_path / "checkpoints",
+            report=report,
+            resume=resume,
+        )
 
     return fine_tuned
 
@@ -51,7 +66,7 @@ def weights(network: ToxicityNetwork) -> torch.Tensor:
 def test_progress_counts_every_step(network: ToxicityNetwork, data: Dataset, train: FineTune) -> None:
     # When 20 rows are trained on twice, eight at a time
     heard: list[Progress] = []
-    mean_loss = train(network, data, heard.append, epochs=2)
+    mean_loss = train(network, data, heard.append, epochs=2).loss
     # Then each of the six steps is reported
     assert [progress.step for progress in heard] == [1, 2, 3, 4, 5, 6]
     assert {(progress.phase, progress.total_steps) for progress in heard} == {("training", 6)}
@@ -132,5 +147,5 @@ def test_labels_that_nobody_knows_are_trained_on_without_harm(
     network: ToxicityNetwork, data: Dataset, train: FineTune
 ) -> None:
     unknown = replace(data, labels=np.full((ROWS, 6), np.nan, dtype=np.float32))
-    assert train(network, unknown) == 0
+    assert train(network, unknown).loss == 0
     assert weights(network).isfinite().all()
