@@ -1,6 +1,6 @@
 """Figures of scores against the truth, on the rows as they are and on many resamples of them at once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 FIGURES = ("roc_auc", "average_precision", "log_loss", "accuracy", "precision", "recall", "f1")
+FEW_OF_A_CLASS = 10
+"""Below as many positives, or negatives, a part of a set shows chance more than the version."""
 RESAMPLES = 1000
 SEED = 20261122
 CONFIDENCE = 0.95
@@ -37,13 +39,18 @@ class Predictions:
     """Whether the score is at or above the threshold."""
 
     @property
-    def of_both_classes(self) -> bool:
-        return 0 < self.truth.sum() < len(self.truth)
+    def fewest_of_a_class(self) -> int:
+        return int(min(self.truth.sum(), (~self.truth).sum()))
+
+    def within(self, belongs: Bools) -> "Predictions":
+        """Those of some of the set's rows; `belongs` says of each row whether it is one, (rows of the set,)."""
+        kept = belongs[self.rows]
+        return Predictions(self.rows[kept], self.scores[kept], self.truth[kept], self.positive[kept])
 
 
 def figures(predictions: Predictions) -> dict[str, Any]:
     """`FIGURES`, each a number; None where a class is missing, and for precision where nothing is predicted."""
-    if not predictions.of_both_classes:
+    if not predictions.fewest_of_a_class:
         return dict.fromkeys(FIGURES)
     scores, truth, positive = predictions.scores, predictions.truth, predictions.positive
     precision, recall, f1, _ = precision_recall_fscore_support(truth, positive, average="binary", zero_division=np.nan)
@@ -58,11 +65,18 @@ def figures(predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def roc_auc(scores: NDArray[np.floating], labels: NDArray[np.floating]) -> float | None:
-    """Of the rows whose label is known; None where a class is missing."""
+def roc_auc(scores: NDArray[np.floating], labels: NDArray[np.floating], *, fewest_of_a_class: int = 1) -> float | None:
+    """Of the rows whose label is known; None where there are fewer positives, or negatives."""
     known = ~np.isnan(labels)
     truth = labels[known] >= 0.5
-    return None if truth.all() or not truth.any() else float(roc_auc_score(truth, scores[known]))
+    enough = min(truth.sum(), (~truth).sum()) >= fewest_of_a_class
+    return float(roc_auc_score(truth, scores[known])) if enough else None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def resample_counts(rows: int, *, resamples: int = RESAMPLES, seed: int = SEED) -> Iterator[Floats]:
@@ -78,7 +92,13 @@ def resample_counts(rows: int, *, resamples: int = RESAMPLES, seed: int = SEED) 
 
 
 def bootstrap(parts: Mapping[str, Predictions], rows: int, *, seed: int = SEED) -> dict[str, dict[str, Floats]]:
-    """Each part's figures on the same resamples of the set's rows, (resamples,); see `resampled_figures`."""
+    """Each part's figures on the same resamples of the set's rows, (resamples,); see `resampled_figures`.
+
+    Parts that lack a class are left out.
+    """
+    parts = {name: part for name, part in parts.items() if part.fewest_of_a_class}
+    if not parts:
+        return {}
     chunks = [
         {name: resampled_figures(part, counts) for name, part in parts.items()}
         for counts in resample_counts(rows, seed=seed)
@@ -95,23 +115,27 @@ def resampled_figures(predictions: Predictions, counts: Floats) -> dict[str, Flo
         counts: how often each row of the set is drawn, whole numbers, (rows, resamples).
     """
     order = np.argsort(-predictions.scores, kind="stable")
-    scores, truth, positive = predictions.scores[order], predictions.truth[order], predictions.positive[order]
-    counts = counts[predictions.rows[order]]
-    # Rows of equal scores are taken together: no threshold lies between them.
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    true_positives = np.cumsum(counts * truth[:, None], axis=0)[ends]
-    false_positives = np.cumsum(counts, axis=0)[ends] - true_positives
-    positives, negatives = true_positives[-1], false_positives[-1]
-    found, passed = (np.diff(sums, axis=0, prepend=0) for sums in (true_positives, false_positives))
-    precisions = true_positives / np.maximum(true_positives + false_positives, 1)  # 0 / 0 where none is drawn yet
-    losses = -np.log(np.clip(np.where(truth, scores, 1 - scores), np.finfo(np.float64).eps, 1))
-    total, hits, alarms = positives + negatives, (positive & truth) @ counts, (positive & ~truth) @ counts
+    is_true = predictions.truth[order]
+    true_rows, false_rows = order[is_true], order[~is_true]
+    true, false = counts[predictions.rows[true_rows]], counts[predictions.rows[false_rows]]
+    true_scores, false_scores = predictions.scores[true_rows], predictions.scores[false_rows]
+    true_up_to, false_up_to = (np.cumsum(np.vstack((np.zeros(each.shape[1]), each)), axis=0) for each in (true, false))
+    positives, negatives = true_up_to[-1], false_up_to[-1]
+    # At each true row's score: the rows above it, and those not below it. No threshold parts equal scores.
+    false_above = false_up_to[np.searchsorted(-false_scores, -true_scores, "left")]
+    false_found = false_up_to[np.searchsorted(-false_scores, -true_scores, "right")]
+    true_found = true_up_to[np.searchsorted(-true_scores, -true_scores, "right")]
+    outscored = (true * (negatives - (false_above + false_found) / 2)).sum(axis=0)
+    precisions = (true * true_found / np.maximum(true_found + false_found, 1)).sum(axis=0)
+    eps = np.finfo(np.float64).eps  # as sklearn keeps a certain error finite
+    losses = -np.log(true_scores.clip(min=eps)) @ true - np.log((1 - false_scores).clip(min=eps)) @ false
+    hits, alarms = predictions.positive[true_rows] @ true, predictions.positive[false_rows] @ false
     with np.errstate(invalid="ignore", divide="ignore"):
         values = {
-            "roc_auc": (found * (negatives - false_positives + passed / 2)).sum(axis=0) / (positives * negatives),
-            "average_precision": (found * precisions).sum(axis=0) / positives,
-            "log_loss": losses @ counts / total,
-            "accuracy": (hits + negatives - alarms) / total,
+            "roc_auc": outscored / (positives * negatives),
+            "average_precision": precisions / positives,
+            "log_loss": losses / (positives + negatives),
+            "accuracy": (hits + negatives - alarms) / (positives + negatives),
             "precision": hits / (hits + alarms),
             "recall": hits / positives,
             "f1": 2 * hits / (hits + alarms + positives),

@@ -190,7 +190,7 @@ def test_what_is_kept_is_plain_json_without_scores() -> None:
     assert json.loads(json.dumps(kept, allow_nan=False)) == kept
     assert set(kept) == {
         *("rows", "dataset_sha256", "mean_roc_auc", "mean_roc_auc_interval", "labels", "micro", "macro"),
-        *("slices", "identities", "robustness"),
+        *("slices", "identities", "identity_means", "robustness"),
     }
     low, high = kept["mean_roc_auc_interval"]
     assert low < kept["mean_roc_auc"] < high
