@@ -63,14 +63,6 @@ class LabelMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Scores and truth of some rows, each (rows, 6), NaN where a truth is unknown."""
-
-    scores: Scores
-    truth: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Figures of one version on one held-out set, and the scores they are figures of."""
 
@@ -95,8 +87,12 @@ class Evaluation:
     """(rows, 6), NaN where unknown."""
     mentions: dict[str, NDArray[np.bool_]] = field(default_factory=dict, compare=False, repr=False)
     """By group of `identities`: whether each row's text mentions it, (rows,)."""
-    evaded: "dict[str, Scored]" = field(default_factory=dict, compare=False, repr=False)
-    """By evasion: the rows that `robustness` is measured on, written so."""
+    evaded_rows: NDArray[np.int64] = field(
+        default_factory=lambda: np.empty(0, dtype=np.int64), compare=False, repr=False
+    )
+    """The rows that `robustness` is measured on, (n,)."""
+    evaded_scores: dict[str, Scores] = field(default_factory=dict, compare=False, repr=False)
+    """By evasion: the scores of those rows when they are written so, (n, 6)."""
 
     @property
     def mean_roc_auc(self) -> float | None:
@@ -151,10 +147,14 @@ def measure_robustness(
         rows: how many are written so, the same for the same seed; 0 takes all.
     """
     chosen = choose_rows(holdout.labels, rows, seed=seed)
-    texts, truth = [holdout.texts[row] for row in chosen], holdout.labels[chosen]
-    evaded = {evasion: Scored(score(evaded_texts(texts, evasion, seed=seed)), truth) for evasion in EVASIONS}
-    of_scores = {evasion: rewritten.scores for evasion, rewritten in evaded.items()}
-    return replace(evaluation, robustness=robustness(truth, evaluation.scores[chosen], of_scores), evaded=evaded)
+    texts = [holdout.texts[row] for row in chosen]
+    evaded = {evasion: score(evaded_texts(texts, evasion, seed=seed)) for evasion in EVASIONS}
+    return replace(
+        evaluation,
+        robustness=robustness(holdout.labels[chosen], evaluation.scores[chosen], evaded),
+        evaded_rows=chosen,
+        evaded_scores=evaded,
+    )
 
 
 def measure(
