@@ -20,6 +20,7 @@ from config.names import LABELS
 from config.settings import TrainerSettings
 from model.engine import Scores
 from trainer.evaluation import Evaluation
+from trainer.slices import bias_rows
 
 STANDARD_ERRORS = 1.645
 """Which a normal variable stays below with 95 % probability."""
@@ -93,9 +94,7 @@ def judge(candidate: Evaluation, active: Evaluation, bars: TrainerSettings) -> J
     Raises:
         ValueError: the two were measured on different rows.
     """
-    if candidate.dataset_sha256 != active.dataset_sha256 or not np.array_equal(
-        candidate.evaded_rows, active.evaded_rows
-    ):
+    if candidate.dataset_sha256 != active.dataset_sha256 or _shapes(candidate) != _shapes(active):
         raise ValueError("candidate and active version were measured on different rows; this is a bug")
     comparisons = list(_comparisons(candidate, active, bars))
     if all(each.bar is None for each in comparisons if each.figure == ROC_AUC and each.of in LABELS):
@@ -125,11 +124,14 @@ def _comparisons(candidate: Evaluation, active: Evaluation, bars: TrainerSetting
         yield _compare("evaded ROC-AUC", "mean", _mean(evaded_new), _mean(evaded_old), bars.max_evasion_auc_drop)
     toxic = LABELS.index("toxic")
     for group, mentioned in candidate.mentions.items():
-        # Harmless rows that mention the group against toxic ones that do not: https://arxiv.org/abs/1903.04561
-        counted = np.where(mentioned == (truth[:, toxic] < 0.5), truth[:, toxic], np.nan)
+        counted = np.where(bias_rows(truth[:, toxic] >= 0.5, mentioned)["bpsn_auc"], truth[:, toxic], np.nan)
         auc, old_auc = (_roc_auc(counted, each.scores[:, toxic]) for each in (candidate, active))
         if auc.fewest >= bars.min_label_positives:
             yield _compare("BPSN AUC", group, auc, old_auc, bars.max_bias_auc_drop)
+
+
+def _shapes(evaluation: Evaluation) -> dict[str, tuple[int, ...]]:
+    return {evasion: rewritten.truth.shape for evasion, rewritten in evaluation.evaded.items()}
 
 
 def _compare(figure: str, of: str, new: _Figure, old: _Figure, bar: float | None) -> Comparison:
@@ -157,8 +159,7 @@ def _roc_aucs(truth: Floats, scores: Scores) -> dict[str, _Figure]:
 
 def _evaded(evaluation: Evaluation) -> list[_Figure]:
     """Of each evasion: the mean ROC-AUC of the rows that are written so."""
-    truth = evaluation.truth[evaluation.evaded_rows]
-    every = [_roc_aucs(truth, scores) for scores in evaluation.evaded_scores.values()]
+    every = [_roc_aucs(rewritten.truth, rewritten.scores) for rewritten in evaluation.evaded.values()]
     return [_mean(figures.values()) for figures in every if figures]
 
 
