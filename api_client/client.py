@@ -612,6 +612,19 @@ class ModerationClient:
         with self._reading() as connection:
             yield from reviews.judged_texts(connection)
 
+    def unreviewed(
+        self, *, community: str | None = None, among: int = 5_000
+    ) -> tuple[list[reviews.UnreviewedDecision], dict[str, str]]:
+        """Decisions on texts that nobody reviewed, newest first, and the policies that decided, by version.
+
+        Args:
+            community: only those of it.
+            among: how many of the newest decisions are looked at.
+        """
+        with self._reading() as connection:
+            decisions = list(reviews.unreviewed_decisions(connection, community=community, among=among))
+            return decisions, reviews.policy_texts(connection, {each.policy_version for each in decisions})
+
     # --- Erasing -------------------------------------------------------------------------------------------------
 
     def erasable(self, subject: privacy.Subject) -> privacy.Erased:

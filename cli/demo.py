@@ -18,8 +18,7 @@ from sqlalchemy import make_url
 
 from api_client.client import ModerationClient
 from cli.embedded_system import embedded_system
-from cli.producing import ACTION_STYLES
-from cli.terminal import Problem, out, progress, say, shorten, shown, user
+from cli.terminal import ACTION_STYLES, Problem, out, progress, say, shorten, shown, user
 from cli.training import follow_run, verdict
 from config.names import LABELS, Action
 from config.settings import ROOT, settings, without_password

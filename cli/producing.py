@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import Problem, out, print_json, progress, say, shorten, shown
+from cli.terminal import ACTION_STYLES, Problem, out, print_json, progress, say, shorten, shown
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 Order = Literal["newest", "oldest", Label]
-
-ACTION_STYLES = {"allow": "green", "label": "cyan", "review": "yellow", "hide": "magenta", "remove": "red"}
 
 
 def submit(

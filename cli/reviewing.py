@@ -1,5 +1,7 @@
 """Commands of moderators: correct decisions, be told which to look at first, see how far reviewers agree."""
 
+import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -8,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.groups import GroupWithDefault
-from cli.terminal import Problem, out, print_json, say, shorten, user
+from cli.terminal import ACTION_STYLES, Problem, out, print_json, say, shorten, user
 from config.names import LABELS, Action
 
 app = typer.Typer(cls=GroupWithDefault)
@@ -44,6 +46,58 @@ def _label(said: str) -> tuple[str, int]:
     return label, int(value)
 
 
+@app.command("next")
+def review_next(
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1, help="Most rows.")] = 10,
+    community: Annotated[str | None, typer.Option(help="Only its decisions.")] = None,
+    among: Annotated[int, typer.Option(min=1, help="The newest decisions that are looked at.")] = 5_000,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with scores and whole texts.")] = False,
+) -> None:
+    """Show the decisions that your word would tell most about, and why. The comments are shown: they may be abusive.
+
+    First come those on which another version would have acted otherwise, that lie close to a threshold of the policy,
+    or that are severe. Reviewed and erased texts are left out; the same text is shown once.
+
+    Example: moderato review next -n 5 --community news
+    """
+    from api_client.client import ModerationClient
+    from model.policy import PolicyError, parse_policy
+    from trainer.active_learning import most_informative
+
+    with ModerationClient() as client:
+        decisions, texts = client.unreviewed(community=community, among=among)
+    policies = {}
+    for version, text in texts.items():
+        with suppress(PolicyError):  # of another release: its thresholds then play no part
+            policies[version] = parse_policy(text)
+    candidates = most_informative(decisions, policies, limit)
+    if as_json:
+        for each in candidates:
+            facts = asdict(each.decision)
+            scores = dict(zip(LABELS, facts.pop("scores"), strict=True))
+            print_json(facts | scores | {"informativeness": each.informativeness, "reasons": each.reasons})
+        return
+    if not candidates:
+        say(f"none of the newest {among:,} decisions waits for a review; --among looks at more")
+        return
+    table = Table(expand=True)
+    table.add_column("submission", overflow="fold")  # never shortened: the review needs it
+    table.add_column("action")
+    table.add_column("why", ratio=2)
+    table.add_column("comment", ratio=3)
+    for each in candidates:
+        table.add_row(
+            Text(each.decision.submission_id),
+            Text(each.decision.action, ACTION_STYLES[each.decision.action]),
+            Text("; ".join(each.reasons) or "not reviewed yet"),
+            Text(shorten(each.decision.text, 200)),
+        )
+    out.print(table)
+    example = shlex.quote(candidates[0].decision.submission_id)
+    say("answer with what should be done, and what you say of which label, for example:")
+    say(f"moderato review {example} --action hide --label insult=1 --label threat=0")
+
+
 @app.command("agreement")
 def agreement(as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False) -> None:
     """Show how far reviewers agree with each other, and what weight their words have in the next retrain.
@@ -61,6 +115,9 @@ def agreement(as_json: Annotated[bool, typer.Option("--json", help="JSON lines."
     if as_json:
         for each in reviewers:
             print_json({**asdict(each), "weight": each.weight})
+        return
+    if not reviewers:
+        say("nobody has reviewed anything yet")
         return
     table = Table("reviewer", "texts", "compared", "agreement", "weight")
     for each in reviewers:

@@ -19,6 +19,8 @@ PLAIN_PROGRESS_S = 10
 PLAIN_WIDTH = 160
 """Of tables that go into a file or a pipe."""
 
+ACTION_STYLES = {"allow": "green", "label": "cyan", "review": "yellow", "hide": "magenta", "remove": "red"}
+
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 err = Console(highlight=False, stderr=True)
 

@@ -38,6 +38,10 @@ class Policy:
         self.version = hashlib.sha256(text.encode()).hexdigest()
         self._communities = communities
 
+    def rules(self, community: str) -> Rules:
+        """Every label's; those of "default" where the policy does not know the community."""
+        return self._communities.get(community, self._communities[DEFAULT_COMMUNITY])
+
     def decide(self, community: str, scores: Sequence[float]) -> Verdict:
         """The strictest action that any label's rules reach.
 
@@ -47,7 +51,7 @@ class Policy:
             community: one that the policy does not know is judged as "default".
             scores: six probabilities in the order of `LABELS`.
         """
-        rules = self._communities.get(community, self._communities[DEFAULT_COMMUNITY])
+        rules = self.rules(community)
         fired = [
             (STRICTNESS[action], score, label, threshold, action)
             for label, score in zip(LABELS, scores, strict=True)

@@ -174,6 +174,27 @@ class TestReading:
         shown = moderato("review", "agreement").stdout
         assert "[red]eve │" in shown and "50.0%" in shown
 
+    def test_what_to_review_next(self, moderato: Moderato, sqlite_url: str) -> None:
+        # Given decisions of a policy that this release cannot read, and later of ours
+        decide(sqlite_url, scored("calm"), scored("$(rm)", text="mind\x1b your words", threat=0.91, action="hide"))
+        policy = (ROOT / "config" / "policy.yaml").read_text(encoding="utf-8")
+        engine = open_database(sqlite_url)
+        with writing(engine) as connection:
+            version = queries.store_policy(connection, policy, now=minutes(0))
+            queries.record_decisions(connection, [scored("close", toxic=0.48, policy_version=version)])
+        engine.dispose()
+        # Then those that a word tells most of come first, with the reason and the way to answer
+        done = moderato("review", "next", "-n", "2")
+        assert "threat 0.91" in done.stdout and "mind your words" in done.stdout
+        assert "toxic 0.48, 0.02 below label at 0.50" in done.stdout
+        assert "calm" not in done.stdout
+        assert "moderato review '$(rm)' --action" in done.stderr
+        [severe, close, _] = json_lines(moderato("review", "next", "--json").stdout)
+        assert (severe["submission_id"], severe["threat"], severe["reasons"]) == ("$(rm)", 0.91, ["threat 0.91"])
+        assert (close["text"], close["shadow"]) == ("the text of close", None)
+        # And none of another community
+        assert "none of the newest 7 decisions" in moderato("review", "next", "--community", "x", "--among", "7").stderr
+
     def test_a_review_of_nothing_is_one_line(self, moderato: Moderato) -> None:
         done = moderato("review", "nobody", "--action", "allow", status=1)
         assert done.stderr == "moderato: submission 'nobody' has no decision to review\n"

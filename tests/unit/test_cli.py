@@ -19,6 +19,7 @@ COMMANDS = [
     ["submit"],
     ["results"],
     ["review"],
+    ["review", "next"],
     ["review", "agreement"],
     ["dead-letters"],
     ["dead-letters", "list"],
@@ -59,7 +60,7 @@ def test_the_help_lists_every_command() -> None:
     assert all(command[0] in done.output for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", ["--help", "submit", "status --json"])
+@pytest.mark.parametrize("arguments", ["--help", "submit", "status --json", "review next", "review agreement"])
 def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
     # Given a fresh interpreter, and nothing that answers
     script = (
