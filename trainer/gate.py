@@ -94,7 +94,9 @@ def judge(candidate: Evaluation, active: Evaluation, bars: TrainerSettings) -> J
     Raises:
         ValueError: the two were measured on different rows.
     """
-    if candidate.dataset_sha256 != active.dataset_sha256 or _shapes(candidate) != _shapes(active):
+    if candidate.dataset_sha256 != active.dataset_sha256 or not np.array_equal(
+        candidate.evaded_rows, active.evaded_rows
+    ):
         raise ValueError("candidate and active version were measured on different rows; this is a bug")
     comparisons = list(_comparisons(candidate, active, bars))
     if all(each.bar is None for each in comparisons if each.figure == ROC_AUC and each.of in LABELS):
@@ -130,10 +132,6 @@ def _comparisons(candidate: Evaluation, active: Evaluation, bars: TrainerSetting
             yield _compare("BPSN AUC", group, auc, old_auc, bars.max_bias_auc_drop)
 
 
-def _shapes(evaluation: Evaluation) -> dict[str, tuple[int, ...]]:
-    return {evasion: rewritten.truth.shape for evasion, rewritten in evaluation.evaded.items()}
-
-
 def _compare(figure: str, of: str, new: _Figure, old: _Figure, bar: float | None) -> Comparison:
     worse_by = new.value - old.value if figure == LOG_LOSS else old.value - new.value
     error = STANDARD_ERRORS * float(np.sqrt(np.square(new.parts - old.parts).sum()))
@@ -159,7 +157,8 @@ def _roc_aucs(truth: Floats, scores: Scores) -> dict[str, _Figure]:
 
 def _evaded(evaluation: Evaluation) -> list[_Figure]:
     """Of each evasion: the mean ROC-AUC of the rows that are written so."""
-    every = [_roc_aucs(rewritten.truth, rewritten.scores) for rewritten in evaluation.evaded.values()]
+    truth = evaluation.truth[evaluation.evaded_rows]
+    every = [_roc_aucs(truth, scores) for scores in evaluation.evaded_scores.values()]
     return [_mean(figures.values()) for figures in every if figures]
 
 
