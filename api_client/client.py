@@ -696,6 +696,11 @@ class ModerationClient:
         with self._reading() as connection:
             return queries.run(connection, run_id)
 
+    def run_that_wrote(self, version: str) -> queries.RunRow | None:
+        """The training run that a version came from; None where it came another way."""
+        with self._reading() as connection:
+            return queries.run_that_wrote(connection, version)
+
     # --- Versions ------------------------------------------------------------------------------------------------
 
     def versions(self) -> list[queries.VersionRow]:

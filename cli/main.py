@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import dead_letters, offline, privacy, producing, reviewing, status, system, training, trials, versions
+from cli import dead_letters, offline, privacy, producing, report, reviewing, status, system, training, trials, versions
 from cli.terminal import say
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -48,6 +48,7 @@ app.command()(versions.rollback)
 app.command()(offline.score)
 app.command()(offline.evaluate)
 app.command()(training.train)
+app.command()(report.report)
 app.add_typer(trials.canary, name="canary")
 app.add_typer(trials.shadow, name="shadow")
 app.add_typer(trials.ab, name="ab")

@@ -34,6 +34,7 @@ COMMANDS = [
     ["score"],
     ["evaluate"],
     ["train"],
+    ["report"],
     ["db", "upgrade"],
     ["db", "downgrade"],
 ]
