@@ -12,7 +12,7 @@ from config.names import LABELS
 from model.engine import Scorer, Scores
 from trainer.dataset import Dataset
 from trainer.evasion import EVASIONS
-from trainer.metrics import FEW_OF_A_CLASS, FIGURES, SEED, Predictions, bootstrap, figures, intervals, mean
+from trainer.metrics import FEW_OF_A_CLASS, FIGURES, SEED, Predictions, bootstrap, figures, intervals, mean, reliability
 from trainer.robustness import choose_rows, evaded_texts, robustness
 from trainer.slices import (
     ANY_IDENTITY,
@@ -25,7 +25,6 @@ from trainer.slices import (
 )
 
 DEFAULT_THRESHOLD = 0.5
-RELIABILITY_BINS = 15
 DECIMALS = 6
 """Of figures in the manifest; more would only be digits."""
 
@@ -209,17 +208,6 @@ def threshold_of(thresholds: Mapping[str, Any], label: str) -> float:
     """Where a label counts as positive: the advised threshold of best F1, or 0.5 where there is no advice."""
     advice = (thresholds.get(label) or {}).get("best_f1")
     return float(advice["threshold"]) if advice else DEFAULT_THRESHOLD
-
-
-def reliability(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[float, list[dict[str, float]]]:
-    """The expected calibration error, and the bins of equally many rows that it is taken over."""
-    order = np.argsort(scores, kind="stable")
-    bins = [
-        {"mean_score": float(scores[rows].mean()), "share_positive": float(truth[rows].mean()), "rows": len(rows)}
-        for rows in np.array_split(order, min(RELIABILITY_BINS, len(order)))
-    ]
-    error = sum(each["rows"] * abs(each["mean_score"] - each["share_positive"]) for each in bins) / len(order)
-    return error, bins
 
 
 def _label_metrics(part: Predictions, threshold: float, resampled: Mapping[str, NDArray[np.float64]]) -> LabelMetrics:

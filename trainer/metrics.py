@@ -20,6 +20,7 @@ Bools = NDArray[np.bool_]
 FIGURES = ("roc_auc", "average_precision", "log_loss", "accuracy", "precision", "recall", "f1")
 FEW_OF_A_CLASS = 10
 """Below as many positives, or negatives, a part of a set shows chance more than the version."""
+RELIABILITY_BINS = 15
 RESAMPLES = 1000
 SEED = 20261122
 CONFIDENCE = 0.95
@@ -71,6 +72,17 @@ def roc_auc(scores: NDArray[np.floating], labels: NDArray[np.floating], *, fewes
     truth = labels[known] >= 0.5
     enough = min(truth.sum(), (~truth).sum()) >= fewest_of_a_class
     return float(roc_auc_score(truth, scores[known])) if enough else None
+
+
+def reliability(scores: Floats, truth: Bools) -> tuple[float, list[dict[str, float]]]:
+    """The expected calibration error, and the bins of equally many rows that it is taken over."""
+    order = np.argsort(scores, kind="stable")
+    bins = [
+        {"mean_score": float(scores[rows].mean()), "share_positive": float(truth[rows].mean()), "rows": len(rows)}
+        for rows in np.array_split(order, min(RELIABILITY_BINS, len(order)))
+    ]
+    error = sum(each["rows"] * abs(each["mean_score"] - each["share_positive"]) for each in bins) / len(order)
+    return error, bins
 
 
 def mean(values: Iterable[float | None]) -> float | None:
