@@ -25,7 +25,15 @@ torch.set_num_threads(1)
 
 def tiny_settings(**overrides: object) -> TrainerSettings:
     """The default trainer settings, small enough for a test."""
-    small = {"epochs": 1, "batch_size": 16, "max_length": 64, "calibration_texts": 16, "learning_rate": 5e-4}
+    small = {
+        "epochs": 1,
+        "batch_size": 16,
+        "max_length": 64,
+        "calibration_texts": 16,
+        "learning_rate": 5e-4,
+        "checkpoint_steps": 0,
+        "report_to": [],
+    }
     return load_settings({}).trainer.model_copy(update=small | overrides)
 
 
@@ -56,7 +64,7 @@ def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **ov
     try:
         settings = tiny_settings(encoder=str(write_tiny_encoder(work_dir / "encoder")), **overrides)
         start = from_encoder(settings, work_dir)
-        return train_version(
+        written = train_version(
             start,
             read_csv(TRAIN).take(range(rows)),
             read_csv(HOLDOUT).take(range(120)),
@@ -67,6 +75,8 @@ def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **ov
             report=lambda progress: None,
             precision="fp16",
         )
+        assert written is not None  # this is no torchrun
+        return written
     finally:
         shutil.rmtree(work_dir)
 

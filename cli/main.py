@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from cli import dead_letters, offline, privacy, producing, report, reviewing, status, system, training, trials, versions
 from cli.terminal import say
+from cli.trainer_options import TrainerCommand
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
 
@@ -47,7 +48,7 @@ app.command()(versions.activate)
 app.command()(versions.rollback)
 app.command()(offline.score)
 app.command()(offline.evaluate)
-app.command()(training.train)
+app.command(cls=TrainerCommand)(training.train)
 app.command()(report.report)
 app.add_typer(trials.canary, name="canary")
 app.add_typer(trials.shadow, name="shadow")

@@ -1,8 +1,12 @@
 """Commands that train: `retrain` asks the trainer behind the queue, `train` does it here and now."""
 
+import os
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 TRAINER_HINT_S = 20
+CHECKPOINTS_FOLDER = ".training"
+"""Beside the version to be written; gone when it is."""
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the trainer; may be repeated.")
@@ -48,41 +54,54 @@ def retrain(
 
 
 def train(
+    ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of the new version.")],
-    files: Annotated[
-        list[Path] | None, typer.Option("--train", exists=True, dir_okay=False, help="Training CSV; may be repeated.")
-    ] = None,
-    holdout: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="CSV that it is measured on.")
-    ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Start from this encoder: a hub name or a directory.")] = None,
     parent: Annotated[str | None, typer.Option("--from", help="Fine-tune this version further.")] = None,
-    overrides: Overrides = None,
-    precision: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Of the stored weights.")] = "fp16",
+    config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a training that was killed.")
+    ] = False,
+    weights: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Form in which they are stored.")] = "fp16",
     output: Annotated[
         Path | None, typer.Option(help="Directory to write it to; by default its name in the versions directory.")
     ] = None,
 ) -> None:
     """Train a version here and now, without queue or database. `moderato activate NAME` puts it to work.
 
-    Example: moderato train --name mine-1 --train my.csv --holdout my-holdout.csv --from starter-1 --set epochs=1
+    Each setting of the trainer is an option; below are its default and the reason for it.
+
+    Example: moderato train --name mine-1 --train my.csv --holdout my-holdout.csv --from starter-1 --epochs 1
     """
-    if encoder and parent:
+    if parent and "encoder" in ctx.obj:
         raise Problem("--encoder and --from exclude each other: a training has one start")
 
-    from config.settings import settings, trainer_settings
+    from config.settings import read_recipe, settings, trainer_settings
 
-    chosen = trainer_settings(settings(), parse_overrides(overrides) | ({"encoder": encoder} if encoder else {}))
+    base = settings()
+    if config:
+        base = base.model_copy(update={"trainer": trainer_settings(base, read_recipe(config), str(config))})
+    chosen = trainer_settings(base, ctx.obj, "the options")
+    directory = (output or base.versions_dir / name).absolute()
+    if directory.exists():
+        raise Problem(f"{directory} exists, and versions are never overwritten: take another name")
+    is_first = (
+        int(os.environ.get("RANK", "0")) == 0
+    )  # of the processes of a torchrun; the others do their share unheard
+    err.quiet = not is_first
     say("loading torch and the data")
 
     from cli.offline import find_version, show_evaluation
+    from trainer.checkpoints import checkpoint_folder
     from trainer.dataset import concatenate, from_corrections, read_csv, training_set
     from trainer.recipe import from_encoder, from_version, train_version
     from trainer.training import Progress
 
-    held_out = read_csv(holdout or chosen.holdout_file)
+    held_out = read_csv(chosen.holdout_file)
     rows = training_set(
-        concatenate([read_csv(Path(path)) for path in files or chosen.train_files]),
+        concatenate([read_csv(Path(path)) for path in chosen.train_files]),
         from_corrections([]),
         held_out,
         max_rows=chosen.max_rows,
@@ -91,26 +110,56 @@ def train(
     )
     if not len(rows):
         raise Problem("no row is left to train on: the files are empty, or every text in them is held out too")
-    with tempfile.TemporaryDirectory(prefix="moderato-training-") as directory, progress("training") as update:
-        work_dir = Path(directory)
-        start = from_version(find_version(parent)) if parent else from_encoder(chosen, work_dir)
+    folder = directory.parent / CHECKPOINTS_FOLDER / directory.name
 
-        def report(now: Progress) -> None:
-            _show_progress(update, now.phase, now.step, now.total_steps, now.loss, now.seconds_left)
+    def report(now: Progress) -> None:
+        _show_progress(update, now.phase, now.step, now.total_steps, now.loss, now.seconds_left, now.validation_auc)
 
+    with (
+        tempfile.TemporaryDirectory(prefix="moderato-training-") as temporary,
+        checkpoint_folder(folder) if is_first else nullcontext(),
+        _told_how_to_resume(folder, resume),
+        progress("training") as update,
+    ):
+        start = from_version(find_version(parent)) if parent else from_encoder(chosen, Path(temporary))
         written = train_version(
             start,
             rows,
             held_out,
             chosen,
             version=name,
-            directory=output or settings().versions_dir / name,
-            work_dir=work_dir,
+            directory=directory,
+            work_dir=folder,
             report=report,
-            precision=precision,
+            precision=weights,
+            resume=resume,
         )
-    say(f"version {name} is in {written.directory}")
-    show_evaluation(written.evaluation.as_dict())
+    if written is not None:
+        say(f"version {name} is in {written.directory}")
+        show_evaluation(written.evaluation.as_dict())
+
+
+@contextmanager
+def _told_how_to_resume(folder: Path, resume: bool) -> Iterator[None]:
+    """Say where a training begins, and where the next could, if this one is stopped."""
+    from trainer.checkpoints import CheckpointError, last_checkpoint, step_of
+
+    if resume:
+        last = last_checkpoint(folder)
+        where = "there is no checkpoint: from the beginning" if last is None else f"from step {step_of(last)}"
+        say(f"{where} ({folder})")
+    # SIGTERM like Ctrl-C: temporary files are removed, and people told.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException:
+        if last := last_checkpoint(folder):
+            say(f"stopped; the same command with --resume goes on from step {step_of(last)}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def follow_run(
@@ -161,11 +210,18 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
 
 
 def _show_progress(
-    update: Any, phase: str, step: int | None, total: int | None, loss: float | None, seconds_left: float | None
+    update: Any,
+    phase: str,
+    step: int | None,
+    total: int | None,
+    loss: float | None,
+    seconds_left: float | None,
+    validation_auc: float | None = None,
 ) -> None:
     note = phase
     if phase == "training" and step is not None:
         note += f", step {step} of {total}"
         note += "" if loss is None else f", loss {loss:.4f}"
-        note += "" if seconds_left is None else f", {seconds_left:.0f} s left"
+        note += "" if validation_auc is None else f", validation ROC-AUC {validation_auc:.4f}"
+        note += "" if seconds_left is None else f", {timedelta(seconds=round(seconds_left))} left"
     update(step or 0, total, note)

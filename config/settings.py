@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PREFIX = "MODERATO_"
 CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
+DEFAULT_FILE = ROOT / "config" / "default.yaml"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
 HUB_PREFIX = "hub:"
@@ -208,8 +210,11 @@ def settings() -> Settings:
     return load_settings(os.environ)
 
 
-def trainer_settings(base: Settings, overrides: Mapping[str, Any]) -> TrainerSettings:
+def trainer_settings(base: Settings, overrides: Mapping[str, Any], origin: str = "the request") -> TrainerSettings:
     """The trainer settings with some of them overridden for one run.
+
+    Args:
+        origin: where the overrides stand, for the message.
 
     Raises:
         SettingsError: an override is unknown or not allowed.
@@ -219,7 +224,53 @@ def trainer_settings(base: Settings, overrides: Mapping[str, Any]) -> TrainerSet
     try:
         return Settings.model_validate(everything).trainer
     except ValidationError as error:
-        raise SettingsError(_explain(error, {("trainer", key): "the request" for key in overrides})) from None
+        raise SettingsError(_explain(error, {("trainer", key): origin for key in overrides})) from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Trainer settings in a YAML file of their own: by themselves, or in a section `trainer` as among all settings.
+
+    Raises:
+        SettingsError: the file cannot be read, or holds other sections beside `trainer`.
+    """
+    values, _ = _read_yaml(path)
+    if "trainer" not in values:
+        return values
+    if len(values) > 1 or not isinstance(values["trainer"], dict):
+        raise SettingsError(
+            f"settings file {path} must hold a section trainer and nothing else, or the trainer's settings alone; "
+            f"it holds {', '.join(map(str, values))}"
+        )
+    return values["trainer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What config/default.yaml says of one setting."""
+
+    heading: str
+    """Of the group that the setting is in."""
+    reason: str
+    default: str
+    """As it is written there."""
+
+
+def explanations(section: str) -> dict[str, Explanation]:
+    """Of every setting of a section what the lines above it in config/default.yaml say."""
+    _, _, after = DEFAULT_FILE.read_text(encoding="utf-8").partition(f"\n{section}:\n")
+    explained = {}
+    heading, comments = "", list[str]()
+    for line in after.splitlines():
+        if line and not line.startswith("  "):
+            break
+        if line.startswith("  # --- "):
+            heading = line.removeprefix("  # --- ")
+        elif line.startswith("  # "):
+            comments.append(line.removeprefix("  # "))
+        elif setting := re.match(r"  (\w+): (.*)", line):
+            explained[setting[1]] = Explanation(heading, " ".join(comments), setting[2])
+            comments = []
+    return explained
 
 
 def load_settings(environment: Mapping[str, str]) -> Settings:
@@ -228,7 +279,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: a file cannot be read, or a key or value is not allowed.
     """
-    layers = [_read_yaml(ROOT / "config" / "default.yaml")]
+    layers = [_read_yaml(DEFAULT_FILE)]
     if named := environment.get(CONFIG_FILE_VARIABLE):
         layers.append(_read_yaml(_from_root(Path(named))))
     layers.append((_from_environment(environment), "the environment"))

@@ -30,9 +30,9 @@ class CheckpointError(Exception):
 
 @contextmanager
 def checkpoint_folder(folder: Path) -> Iterator[Path]:
-    """The folder of one training, held by this process alone, and removed when it has come to its end.
+    """The folder of one training, held by this process alone, and removed at its end.
 
-    What an exception or a kill leaves in it is there for a resume.
+    A checkpoint that an exception or a kill leaves in it is there for a resume.
 
     Raises:
         CheckpointError: another process trains there.
@@ -43,7 +43,12 @@ def checkpoint_folder(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, however this process ends
         except BlockingIOError:
             raise CheckpointError(f"another process is training in {folder}; choose another name, or wait") from None
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if last_checkpoint(folder) is None:
+                shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
 
 

@@ -28,11 +28,15 @@ from model.version import (
     writing_version,
 )
 from model.weights import Precision, load_weights, save_weights
+from trainer.curve import draw_curve
 from trainer.dataset import Dataset
 from trainer.evaluation import Evaluation, measure
 from trainer.export import export_int8
-from trainer.training import Progress, Report, fine_tune
+from trainer.training import Progress, Report, fine_tune, process_rank
 
+CURVE_FILE = "training.png"
+TENSORBOARD_FOLDER = ".tensorboard"
+"""Beside the versions; `tensorboard --logdir` shows all of them."""
 PROBE_TEXTS = (
     "Thank you for fixing the dates in the second paragraph.",
     "You are a complete idiot and nobody wants you here.",
@@ -90,13 +94,21 @@ def train_version(
     work_dir: Path,
     report: Report,
     precision: Precision = "fp16",
-) -> WrittenVersion:
+    resume: bool = False,
+) -> WrittenVersion | None:
     """Fine-tune, and write the result with its int8 form, its figures and its probe scores to `directory`.
 
     Everything is measured on the weights as stored and in the form as shipped, not on what was in memory.
 
+    Args:
+        work_dir: of the checkpoints, from which `resume` goes on.
+
+    Returns:
+        None in all processes of a `torchrun` but the first, whose part ends with the training.
+
     Raises:
-        TrainingFailed: the loss stopped being a number.
+        TrainingFailed: the loss stopped being a number, or a setting does not fit this machine or these rows.
+        CheckpointError: `work_dir` holds checkpoints of another run, or of this one and `resume` was not said.
         VersionError: `directory` exists, or what was written does not load.
     """
     text_encoder = TextEncoder(start.text_directory, start.max_length)
@@ -109,9 +121,13 @@ def train_version(
         training,
         training.take([]),
         settings,
-        work_dir=work_dir / "trainer",
+        work_dir=work_dir,
         report=report,
+        resume=resume,
+        tensorboard=directory.parent / TENSORBOARD_FOLDER / version,
     )
+    if process_rank() > 0:
+        return None
     network.to("cpu")
 
     with writing_version(directory) as written:
@@ -124,6 +140,8 @@ def train_version(
         save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
         network.load_state_dict(load_weights(written / WEIGHTS_FILE))
         export_int8(network, _calibration(text_encoder, training, settings), written / ONNX_FILE)
+
+        draw_curve(trained.history, written / CURVE_FILE)
 
         report(Progress("evaluating"))
         facts: dict[str, Any] = {
@@ -156,6 +174,9 @@ def train_version(
         reference = measure(torch_scores[: len(holdout)], holdout)
         metrics = {
             "training_loss": trained.loss,
+            "best_step": trained.best_step,
+            "stopped_early": trained.stopped_early,
+            "history": trained.history,
             "holdout_int8": shipped.as_dict(),
             "holdout_fp32": reference.as_dict(),
             "int8_largest_difference": float(np.abs(onnx_scores - torch_scores).max()),

@@ -122,6 +122,7 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
             work_dir=Path(work_dir),
             report=report,
         )
+    assert candidate is not None  # this is no torchrun
     report(Progress("judging"))
     active_evaluation = evaluate(parent, holdout)
     judgement = judge(candidate.evaluation, active_evaluation, chosen)

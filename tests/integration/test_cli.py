@@ -344,13 +344,22 @@ class TestOffline:
 
     def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
         # When the version is fine-tuned a little further into a directory of its own
-        small = ["--set", "max_rows=32", "--set", "epochs=1", "--set", "calibration_texts=8"]
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("trainer: {max_rows: 32, calibration_texts: 8, epochs: 7}")
         output = str(tmp_path / "tiny-2")
-        done = moderato("train", "--name", "tiny-2", "--from", VERSION, "--output", output, *small)
+        options = ["--config", str(recipe), "--epochs", "1"]
+        done = moderato("train", "--name", "tiny-2", "--from", VERSION, "--output", output, *options)
         assert "average precision" in done.stdout
         # Then it is a version that scores
         scorer = load_scorer(tmp_path / "tiny-2")
         assert (scorer.version, scorer.manifest.parent) == ("tiny-2", VERSION)
+        # And its settings are those of the file, but where an option says otherwise
+        chosen = scorer.manifest.settings
+        assert (chosen["max_rows"], chosen["calibration_texts"], chosen["epochs"]) == (32, 8, 1)
+        # And the curve of its loss is a picture, TensorBoard's files stand beside, and no checkpoint is left
+        assert (tmp_path / "tiny-2" / "training.png").read_bytes().startswith(b"\x89PNG")
+        assert list((tmp_path / ".tensorboard" / "tiny-2").glob("events.*"))
+        assert not list((tmp_path / ".training").iterdir())
 
 
 class TestDatabase:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from cli.terminal import Problem, shorten
 from cli.training import parse_overrides
-from config.settings import ROOT
+from config.settings import ROOT, TrainerSettings, explanations
 
 COMMANDS = [
     ["demo"],
@@ -114,8 +114,25 @@ class TestMistakes:
         assert said.startswith("moderato: --label toxic=yes must be LABEL=0 or LABEL=1; the labels are toxic, ")
 
     def test_an_unknown_setting_of_a_training(self) -> None:
-        said = complaint("train", "--name", "x", "--set", "epoch=1")
+        said = complaint("retrain", "--set", "epoch=1")
         assert said.startswith("moderato: unknown setting trainer.epoch in the request; did you mean epochs?")
+
+    def test_a_setting_of_a_training_that_is_out_of_its_range(self, tmp_path: Path) -> None:
+        said = complaint("train", "--name", "x", "--learning-rate", "2")
+        assert said.startswith("moderato: setting trainer.learning_rate = 2.0 in the options is wrong: Input should be")
+        # And where a file says so, the file is named
+        (tmp_path / "recipe.yaml").write_text("epoch: 1")
+        said = complaint("train", "--name", "x", "--config", str(tmp_path / "recipe.yaml"))
+        assert "unknown setting trainer.epoch in " in said and "recipe.yaml; did you mean epochs?" in said
+
+    def test_settings_of_other_parts_in_the_file_of_a_training(self, tmp_path: Path) -> None:
+        (tmp_path / "recipe.yaml").write_text("trainer: {epochs: 1}\nworker: {threads: 1}")
+        said = complaint("train", "--name", "x", "--config", str(tmp_path / "recipe.yaml"))
+        assert said.endswith("or the trainer's settings alone; it holds trainer, worker")
+
+    def test_columns_of_a_training_without_a_name(self) -> None:
+        said = complaint("train", "--name", "x", "--columns", "body")
+        assert said == "moderato: --columns body must be OURS=THEIRS, for example --columns comment_text=body"
 
     def test_two_starts_of_a_training(self) -> None:
         said = complaint("train", "--name", "x", "--from", "starter-1", "--encoder", "distilbert-base-uncased")
@@ -133,6 +150,19 @@ class TestMistakes:
         )
         assert done.returncode == 1
         assert done.stderr.startswith("moderato: unknown setting broker in the environment; did you mean broker_url?")
+
+
+def test_every_setting_of_the_trainer_is_an_option_with_its_default_and_the_reason() -> None:
+    # Given a terminal wide enough for each explanation to stand on one line
+    done = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "2000", "TERMINAL_WIDTH": "2000"})
+    assert done.exit_code == 0
+    explained = explanations("trainer")
+    assert explained.keys() == TrainerSettings.model_fields.keys()
+    for name, explanation in explained.items():
+        assert explanation.reason, f"config/default.yaml has no line above {name}"
+        [line] = [line for line in done.stdout.splitlines() if f"--{name.replace('_', '-')}" in line.split(" <")[0]]
+        assert f"{explanation.reason} [default: {explanation.default}]" in line
+        assert f"─ {explanation.heading} ─" in done.stdout
 
 
 class TestOverrides:
