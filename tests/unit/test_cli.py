@@ -1,5 +1,6 @@
 """The command line without a broker or a database: what it teaches, loads, and says when something is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_every_setting_of_the_trainer_is_an_option_with_its_default_and_the_reas
     assert explained.keys() == TrainerSettings.model_fields.keys()
     for name, explanation in explained.items():
         assert explanation.reason, f"config/default.yaml has no line above {name}"
-        [line] = [line for line in done.stdout.splitlines() if f"--{name.replace('_', '-')}" in line.split(" <")[0]]
+        [line] = re.findall(rf"│ --{name.replace('_', '-')}[ ,].*", done.stdout)
         assert f"{explanation.reason} [default: {explanation.default}]" in line
         assert f"─ {explanation.heading} ─" in done.stdout
 
