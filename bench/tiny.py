@@ -13,6 +13,7 @@ from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerF
 
 from config.settings import ROOT, TrainerSettings, load_settings
 from model.version import MANIFEST_FILE
+from trainer.assembly import TrainingData
 from trainer.dataset import read_csv
 from trainer.recipe import WrittenVersion, from_encoder, train_version
 
@@ -64,10 +65,11 @@ def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **ov
     try:
         settings = tiny_settings(encoder=str(write_tiny_encoder(work_dir / "encoder")), **overrides)
         start = from_encoder(settings, work_dir)
+        training, holdout = read_csv(TRAIN).take(range(rows)), read_csv(HOLDOUT).take(range(120))
         written = train_version(
             start,
-            read_csv(TRAIN).take(range(rows)),
-            read_csv(HOLDOUT).take(range(120)),
+            TrainingData(training, training.take([]), {"training": training.describe(), "holdout": holdout.describe()}),
+            holdout,
             settings,
             version=version,
             directory=versions_dir / version,

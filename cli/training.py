@@ -94,21 +94,16 @@ def train(
     say("loading torch and the data")
 
     from cli.offline import find_version, show_evaluation
+    from trainer.assembly import assemble
     from trainer.checkpoints import checkpoint_folder
-    from trainer.dataset import concatenate, from_corrections, read_csv, training_set
+    from trainer.dataset import from_corrections
     from trainer.recipe import from_encoder, from_version, train_version
+    from trainer.sources import read_holdout
     from trainer.training import Progress
 
-    held_out = read_csv(chosen.holdout_file)
-    rows = training_set(
-        concatenate([read_csv(Path(path)) for path in chosen.train_files]),
-        from_corrections([]),
-        held_out,
-        max_rows=chosen.max_rows,
-        correction_repeats=chosen.correction_repeats,
-        seed=chosen.seed,
-    )
-    if not len(rows):
+    held_out = read_holdout(chosen)
+    data = assemble(chosen, from_corrections([]), held_out)
+    if not len(data.training):
         raise Problem("no row is left to train on: the files are empty, or every text in them is held out too")
     folder = directory.parent / CHECKPOINTS_FOLDER / directory.name
 
@@ -124,7 +119,7 @@ def train(
         start = from_version(find_version(parent)) if parent else from_encoder(chosen, Path(temporary))
         written = train_version(
             start,
-            rows,
+            data,
             held_out,
             chosen,
             version=name,

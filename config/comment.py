@@ -31,7 +31,13 @@ def _storable(value: str) -> str:
     return value
 
 
-def _text(value: str) -> str:
+def checked_text(value: str) -> str:
+    """A text that can be stored and scored, as it is.
+
+    Raises:
+        ValueError: it cannot; the message says why, without a word of it.
+    """
+    _storable(value)
     if not SEEN.search(value) and all(unicodedata.category(character) in UNSEEN for character in value):
         raise ValueError("is empty, or holds nothing that can be seen; a comment needs text to be scored")
     if (length := len(value.encode())) > MAX_TEXT_BYTES:
@@ -92,7 +98,7 @@ class Comment(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    text: Annotated[str, AfterValidator(_storable), AfterValidator(_text)]
+    text: Annotated[str, AfterValidator(checked_text)]
     id: Name | None = None
     community: Name = DEFAULT_COMMUNITY
     author: Name | None = None

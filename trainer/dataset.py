@@ -1,27 +1,41 @@
-"""Labelled texts for training and judging: read from CSV and from people's corrections, checked, hashed.
+"""Labelled texts for training and judging: rows and their checks, CSV files, people's corrections, duplicates, hashes.
 
 A label that is blank is unknown, never zero; it is NaN here and masked in the loss.
 """
 
+import difflib
 import hashlib
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from config.comment import checked_text
 from config.names import LABELS
 from model.text import normalise
 
 TEXT_COLUMN = "comment_text"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+TELLING_VALUE = re.compile(r"[-+.,%\deE]{1,12}|(?i:true|false|yes|no|nan|none|null)")
+"""What may be quoted of a wrong label: anything else may be a comment in the wrong column, and must not reach a log."""
+TELLING_NAME = re.compile(r"[\w.-]{1,40}")
+"""The same of a column's name: in a file without a header these are its first comment."""
+ASCII_BUT_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalpha())
+
+Columns = Mapping[Any, str]
+"""What a table calls its columns where it does not call them as we do: our name, its name."""
+NO_COLUMNS: Columns = {}
 
 
 class DatasetError(Exception):
-    """Data that cannot be trained on; the message names the file, the row and the column."""
+    """Data that cannot be trained on; the message names the file, the row and the column, and quotes no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,97 +69,196 @@ class Dataset:
             digest.update(self.weights.tobytes())
         return digest.hexdigest()
 
-    def take(self, indexes: Sequence[int]) -> "Dataset":
-        rows = list(indexes)
-        return Dataset([self.texts[row] for row in rows], self.labels[rows], self.weights[rows])
+    def take(self, indexes: Sequence[int] | NDArray[np.intp]) -> "Dataset":
+        indexes = np.asarray(indexes, dtype=np.intp)
+        return Dataset([self.texts[index] for index in indexes], self.labels[indexes], self.weights[indexes])
 
-    def describe(self) -> dict[str, object]:
-        """Rows, and per label how many are known to be positive and negative, for the manifest."""
+    def describe(self) -> dict[str, Any]:
+        """Rows, hash, lengths, and per label how many are positive, negative and unknown. JSON-ready."""
+        lengths = np.array([len(text) for text in self.texts] or [0])
+        quantiles = np.quantile(lengths, QUANTILES, method="lower")
         return {
             "rows": len(self),
             "sha256": self.sha256,
             "positives": {label: int((self.labels[:, i] == 1).sum()) for i, label in enumerate(LABELS)},
             "negatives": {label: int((self.labels[:, i] == 0).sum()) for i, label in enumerate(LABELS)},
+            "unknown": {label: int(np.isnan(self.labels[:, i]).sum()) for i, label in enumerate(LABELS)},
+            "characters": {
+                **{f"{share:.0%}": int(value) for share, value in zip(QUANTILES, quantiles, strict=True)},
+                "longest": int(lengths.max()),
+            },
         }
 
 
-def read_csv(path: Path) -> Dataset:
-    """Rows of a CSV (gzip too) with a `comment_text` column and any of the label columns, 0, 1 or blank.
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    # There may be no training files, only corrections.
+    parts = [Dataset([], np.empty((0, len(LABELS)), dtype=np.float32)), *parts]
+    return Dataset(
+        [text for part in parts for text in part.texts],
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+    )
+
+
+# --- CSV ---
+
+
+def read_csv(path: Path, *, columns: Columns = NO_COLUMNS, positive_from: float = 0.5) -> Dataset:
+    """Rows of a CSV (gzip, or a zip of one file) with a `comment_text` column and any of the label columns.
+
+    Args:
+        positive_from: labels are 0, 1, blank, or the share of annotators who said so, which is positive from here.
 
     Raises:
         DatasetError: the file cannot be read, a column is missing, or a value is not allowed.
+    """
+    return from_frame(read_frame(path), str(path), columns=columns, positive_from=positive_from)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Every value of a CSV, as text.
+
+    Raises:
+        DatasetError: the file cannot be read, or its rows and its header differ in length.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # Where rows have more fields than the header, pandas would take the first for row names, or drop the last.
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} cannot be read as CSV: {error}; save it in UTF-8") from None
     except (OSError, ValueError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
         raise DatasetError(f"{path} cannot be read as CSV: {error}") from None
-    if TEXT_COLUMN not in frame:
-        raise DatasetError(f"{path} has no column {TEXT_COLUMN!r}; it has {', '.join(map(repr, frame.columns))}")
-    if not set(LABELS) & set(frame.columns):
-        raise DatasetError(f"{path} has none of the label columns {', '.join(LABELS)}")
+    frame.columns = frame.columns.str.strip()
+    return frame
+
+
+def from_frame(
+    frame: pd.DataFrame, source: str, *, columns: Columns, positive_from: float, first_row: int = 2
+) -> Dataset:
+    """Rows of a table of text values, checked. See `read_csv`.
+
+    Args:
+        source: what messages call the table.
+        first_row: what messages call the row of index 0; in a CSV the header is row 1.
+
+    Raises:
+        DatasetError: a column is missing, or a value is not allowed.
+    """
+    found = find_columns(list(frame.columns), source, columns)
     labels = np.full((len(frame), len(LABELS)), np.nan, dtype=np.float32)
-    for column, label in enumerate(LABELS):
-        if label in frame:
-            labels[:, column] = _label_values(frame[label], path, label)
-    texts = frame[TEXT_COLUMN].tolist()
-    if empty := [row for row, text in enumerate(texts) if not text.strip()]:
-        raise DatasetError(f"{path}, row {empty[0] + 2}: {TEXT_COLUMN} is empty")
+    for index, label in enumerate(LABELS):
+        if label not in found:
+            continue
+        values = frame[found[label]].str.strip()
+        shares = pd.to_numeric(values.replace("", "nan"), errors="coerce").to_numpy(dtype=np.float32)
+        wrong = ~((shares >= 0) & (shares <= 1) | (values == "").to_numpy())
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            value = values.iloc[row]
+            shown = repr(value) if TELLING_VALUE.fullmatch(value) else f"a value of {len(value):,} characters"
+            raise DatasetError(
+                f"{source}, row {frame.index[row] + first_row}, column {found[label]}: {shown} is not 0, 1, "
+                "a share between them, or blank for unknown"
+            )
+        labels[:, index] = np.where(np.isnan(shares), np.nan, shares >= positive_from)
+    texts = frame[found[TEXT_COLUMN]].tolist()
+    for row, text in enumerate(texts):
+        try:
+            checked_text(text)
+        except ValueError as error:
+            where = f"{source}, row {frame.index[row] + first_row}, column {found[TEXT_COLUMN]}"
+            raise DatasetError(f"{where} {error}") from None
     return Dataset(texts, labels)
 
 
-def from_corrections(corrections: Iterable[tuple[str, Mapping[str, bool | None]]]) -> Dataset:
-    """Rows of people's reviews: each text with the labels that were said of it."""
+def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[str, str]:
+    """Which column holds the text and each label that the table has: our name, its name.
+
+    A table that calls a column as we do needs no mapping, also where others are read by one.
+
+    Raises:
+        DatasetError: there is no text, no label, or not the column that `columns` names.
+    """
+    has = ", ".join(repr(name) if TELLING_NAME.fullmatch(name) else f"one of {len(name)} characters" for name in names)
+    found = {}
+    for ours in (TEXT_COLUMN, *LABELS):
+        theirs = columns.get(ours, ours)
+        if theirs in names or ours in names:
+            found[ours] = theirs if theirs in names else ours
+        elif ours in columns:
+            near = [name for name in difflib.get_close_matches(theirs, names, n=1) if TELLING_NAME.fullmatch(name)]
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DatasetError(f"{source} has no column {theirs!r}, which is to be {ours}; {hint}It has {has}")
+    if TEXT_COLUMN not in found:
+        raise DatasetError(
+            f"{source} has no column {TEXT_COLUMN!r}; it has {has}. Name it by the setting trainer.columns, "
+            f"or by --columns {TEXT_COLUMN}=ITS_NAME"
+        )
+    if len(found) == 1:
+        raise DatasetError(
+            f"{source} has none of the label columns {', '.join(LABELS)}; it has {has}. Name one by the setting "
+            "trainer.columns, or by --columns toxic=ITS_NAME"
+        )
+    return found
+
+
+# --- Corrections ---
+
+
+def from_corrections(corrections: Iterable[tuple[str, Mapping[str, bool | None], float]]) -> Dataset:
+    """Rows of people's reviews: each text with the labels that were said of it, and the review's weight."""
     rows = list(corrections)
     labels = np.array(
-        [[np.nan if said.get(label) is None else float(bool(said[label])) for label in LABELS] for _, said in rows],
+        [[np.nan if said.get(label) is None else float(bool(said[label])) for label in LABELS] for _, said, _ in rows],
         dtype=np.float32,
     ).reshape(len(rows), len(LABELS))
-    return Dataset([text for text, _ in rows], labels)
+    return Dataset([text for text, _, _ in rows], labels, np.array([weight for *_, weight in rows], dtype=np.float32))
 
 
-def training_set(
-    replayed: Dataset, corrections: Dataset, holdout: Dataset, *, max_rows: int, correction_repeats: int, seed: int
-) -> Dataset:
-    """What a run trains on: a seeded draw of the replayed rows, and every correction several times.
-
-    A row whose text is held out is dropped, or the gate would judge what was learnt by heart. A correction
-    replaces a replayed row of the same text.
-    """
-    held_out = {_key(text) for text in holdout.texts}
-    corrected = {_key(text) for text in corrections.texts}
-    usable = [
-        index for index, key in enumerate(map(_key, replayed.texts)) if key not in held_out and key not in corrected
-    ]
-    order = np.random.default_rng(seed).permutation(usable)
-    drawn = replayed.take([int(index) for index in (order[:max_rows] if max_rows else order)])
-    kept = corrections.take([i for i, text in enumerate(corrections.texts) if _key(text) not in held_out])
-    return concatenate([drawn, *[kept] * correction_repeats])
+# --- Duplicates ---
 
 
-def concatenate(parts: Sequence[Dataset]) -> Dataset:
-    none = np.empty((0, len(LABELS)), dtype=np.float32)  # there may be no training files, only corrections
-    labels = np.concatenate([none, *(part.labels for part in parts)])
-    weights = np.concatenate([none[:, 0], *(part.weights for part in parts)])
-    return Dataset([text for part in parts for text in part.texts], labels, weights)
-
-
-def _key(text: str) -> str:
+def text_key(text: str) -> str:
     """Equal for texts that differ in case, spacing or look-alike forms only."""
     return " ".join(normalise(text).lower().split())
 
 
-def _label_values(column: "pd.Series[str]", path: Path, label: str) -> NDArray[np.float32]:
-    values = column.str.strip().replace("", "nan")
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float32)
-    wrong = ~(np.isin(numbers, (0, 1)) | (values == "nan").to_numpy())
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        # Where the columns are shifted the value is a comment, which must not reach a log.
-        value = (
-            shown if len(shown := repr(column.iloc[row])) <= 16 else f"a value of {len(column.iloc[row]):,} characters"
-        )
-        raise DatasetError(f"{path}, row {row + 2}, column {label}: {value} is not 0, 1 or blank")
-    return numbers
+def near_key(key: str) -> str:
+    """Equal for texts of the same letters in the same order: no split may have one on either side.
+
+    Args:
+        key: a text's `text_key`, which it stays where there are no letters.
+    """
+    letters = key.encode().translate(None, ASCII_BUT_LETTERS).decode()
+    return (letters if letters.isascii() else "".join(filter(str.isalpha, letters))) or key
+
+
+def merge_duplicates(dataset: Dataset, keys: NDArray[np.object_]) -> tuple[Dataset, NDArray[np.intp], dict[str, int]]:
+    """One row for each key, in the order in which they come.
+
+    Where labels of one text contradict each other the weighted majority counts, and a tie is unknown. The weight is
+    the rows' mean.
+
+    Returns:
+        The rows; where each was first; and per label how many were contradictory.
+    """
+    groups, unique = pd.factorize(keys)
+    _, first = np.unique(groups, return_index=True)
+    shape = (len(unique), len(LABELS))
+    highest, lowest = np.full(shape, np.nan, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
+    np.fmax.at(highest, groups, dataset.labels)
+    np.fmin.at(lowest, groups, dataset.labels)
+    votes, votes_for = np.zeros(shape), np.zeros(shape)
+    known = ~np.isnan(dataset.labels)
+    np.add.at(votes, groups, known * dataset.weights[:, None])
+    np.add.at(votes_for, groups, np.nan_to_num(dataset.labels) * dataset.weights[:, None])
+    majority = np.where(np.isclose(votes_for * 2, votes), np.nan, votes_for * 2 > votes)
+    contradictory = highest > lowest
+    merged = Dataset(
+        [dataset.texts[index] for index in first],
+        np.where(contradictory, majority, highest).astype(np.float32),
+        (np.bincount(groups, dataset.weights) / np.bincount(groups)).astype(np.float32),
+    )
+    return merged, first, dict(zip(LABELS, contradictory.sum(axis=0).tolist(), strict=True))

@@ -28,6 +28,7 @@ from model.version import (
     writing_version,
 )
 from model.weights import Precision, load_weights, save_weights
+from trainer.assembly import TrainingData
 from trainer.curve import draw_curve
 from trainer.dataset import Dataset
 from trainer.evaluation import Evaluation, measure
@@ -85,7 +86,7 @@ def from_encoder(settings: TrainerSettings, work_dir: Path) -> StartingPoint:
 
 def train_version(
     start: StartingPoint,
-    training: Dataset,
+    data: TrainingData,
     holdout: Dataset,
     settings: TrainerSettings,
     *,
@@ -118,8 +119,8 @@ def train_version(
     trained = fine_tune(
         network,
         training_encoder,
-        training,
-        training.take([]),
+        data.training,
+        data.validation,
         settings,
         work_dir=work_dir,
         report=report,
@@ -139,7 +140,7 @@ def train_version(
         (written / ENCODER_FILE).write_text(json.dumps(encoder_config, indent=2, sort_keys=True), encoding="utf-8")
         save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
         network.load_state_dict(load_weights(written / WEIGHTS_FILE))
-        export_int8(network, _calibration(text_encoder, training, settings), written / ONNX_FILE)
+        export_int8(network, _calibration(text_encoder, data.training, settings), written / ONNX_FILE)
 
         draw_curve(trained.history, written / CURVE_FILE)
 
@@ -151,7 +152,7 @@ def train_version(
             "max_length": start.max_length,
             "weights": precision,
             "probes": [],
-            "dataset": {"training": training.describe(), "holdout": holdout.describe()},
+            "dataset": data.card,
             "settings": json.loads(settings.model_dump_json()),
             "metrics": {},
             "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},

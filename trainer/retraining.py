@@ -23,10 +23,12 @@ from db.session import is_outage, open_database, reading, writing
 from model.engine import load_scorer
 from model.version import version_directory
 from trainer.agreement import agreed_examples
-from trainer.dataset import Dataset, concatenate, from_corrections, read_csv, training_set
+from trainer.assembly import assemble
+from trainer.dataset import Dataset, from_corrections
 from trainer.evaluation import evaluate
 from trainer.gate import judge
 from trainer.recipe import from_version, train_version
+from trainer.sources import read_holdout
 from trainer.training import Progress
 
 logger = logging.getLogger(__name__)
@@ -86,9 +88,7 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     with reading(database) as connection:
         run = queries.run(connection, run_id)
         active = queries.active(connection)
-        corrections = from_corrections(
-            (text, labels) for text, labels, _ in agreed_examples(reviews.judged_texts(connection))
-        )
+        corrections = from_corrections(agreed_examples(reviews.judged_texts(connection)))
     assert run is not None
     if active is None:
         raise NothingToTrain("no version is active yet: start a worker once, or activate a version")
@@ -97,24 +97,17 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     # Verified by loading it as a worker would; also what the candidate is compared with.
     parent = load_scorer(parent_directory, device="cpu", expected_version=active.version)
 
-    holdout = _first(read_csv(chosen.holdout_file), chosen.max_holdout_rows)
-    training = training_set(
-        concatenate([read_csv(Path(path)) for path in chosen.train_files]),
-        corrections,
-        holdout,
-        max_rows=chosen.max_rows,
-        correction_repeats=chosen.correction_repeats,
-        seed=chosen.seed,
-    )
-    if not len(training):
+    holdout = _first(read_holdout(chosen), chosen.max_holdout_rows)
+    data = assemble(chosen, corrections, holdout)
+    if not len(data.training):
         raise NothingToTrain("there are no rows to train on: no corrections, and the training files are empty")
-    report.note(parent=active.version, dataset_sha256=training.sha256)
+    report.note(parent=active.version, dataset_sha256=data.training.sha256)
 
     version = f"v{datetime.now(UTC):%Y%m%d-%H%M%S}-{run_id[:8]}"
     with tempfile.TemporaryDirectory(prefix="moderato-training-") as work_dir:
         candidate = train_version(
             from_version(parent_directory),
-            training,
+            data,
             holdout,
             chosen,
             version=version,

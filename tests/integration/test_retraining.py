@@ -128,7 +128,7 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     assert row.state == "promoted", row.reason
     assert row.reason is not None
     assert "not worse than the active version. ROC-AUC on 120 held-out rows: mean" in row.reason
-    # 64 replayed rows and two corrections, each four times, 16 at a time, twice
+    # 64 replayed rows, a few kept for validation, two corrections, each twice, evasive copies; 16 at a time, twice
     assert (row.step, row.total_steps) == (10, 10)
     assert row.started_at is not None
     assert row.finished_at is not None
@@ -153,7 +153,9 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     manifest = load_scorer(settings.versions_dir / row.version, device="cpu", threads=1).manifest
     assert manifest.parent == "v1"
     assert manifest.settings["epochs"] == 2
-    assert manifest.dataset["training"]["rows"] == 64 + 2 * 2
+    card = manifest.dataset
+    assert card["training"]["rows"] == 64 - card["validation"]["rows"] + 2 * 2 + card["added"]["evasive"]
+    assert card["corrections"]["leaks_dropped"] == 1
     assert manifest.dataset["training"]["positives"]["threat"] >= 2 * 2
     assert manifest.dataset["training"]["sha256"] == row.dataset_sha256
     assert manifest.metrics["holdout_int8"] == row.metrics["candidate"]
