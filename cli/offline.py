@@ -1,7 +1,7 @@
 """Commands that need neither queue nor database: score a CSV, measure a version on labelled rows."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
 if TYPE_CHECKING:
     import pandas as pd
 
-    from model.engine import Scorer
+    from model.engine import Scorer, Scores
     from model.policy import Policy
 
 ROWS_PER_CHUNK = 512
@@ -89,8 +89,6 @@ def evaluate(
 
     Example: moderato evaluate samples/holdout.csv --engine torch
     """
-    import numpy as np
-
     from config.settings import settings
     from model.engine import load_scorer
     from trainer.dataset import read_csv
@@ -101,12 +99,7 @@ def evaluate(
         raise Problem(f"{source} has no rows")
     scorer = load_scorer(find_version(version), engine=engine, threads=settings().worker.threads)
     say(f"version {scorer.version}, {scorer.engine.description}")
-    with progress(f"scoring {source.name}", len(rows)) as update:
-        parts = []
-        for start in range(0, len(rows), ROWS_PER_CHUNK):
-            parts.append(scorer.score_texts(rows.texts[start : start + ROWS_PER_CHUNK]))
-            update(min(start + ROWS_PER_CHUNK, len(rows)))
-    evaluation = measure(np.concatenate(parts), rows).as_dict()
+    evaluation = measure(score_texts(scorer, rows.texts), rows).as_dict()
     if as_json:
         print_json({"version": scorer.version, "engine": scorer.engine.description, **evaluation})
     else:
@@ -124,6 +117,18 @@ def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     table.add_section()
     table.add_row("mean", "", "", "" if mean is None else f"{mean:.4f}", "", "")
     out.print(table)
+
+
+def score_texts(scorer: "Scorer", texts: Sequence[str]) -> "Scores":
+    """Scores of one text or more, (texts, 6), while a bar shows how far it is."""
+    import numpy as np
+
+    parts = []
+    with progress(f"scoring with {scorer.version}", len(texts)) as update:
+        for start in range(0, len(texts), ROWS_PER_CHUNK):
+            parts.append(scorer.score_texts(texts[start : start + ROWS_PER_CHUNK]))
+            update(min(start + ROWS_PER_CHUNK, len(texts)))
+    return np.concatenate(parts)
 
 
 def find_version(name: str) -> Path:

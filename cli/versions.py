@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cli.comparing import compare
 from cli.groups import GroupWithDefault
 from cli.terminal import out, print_json, say, shown, user
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(cls=GroupWithDefault)
+app.command()(compare)
 
 
 @app.callback()

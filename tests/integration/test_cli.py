@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,39 @@ class TestVersions:
         assert moderato("rollback", status=1).stderr.startswith("moderato: no other version was active before")
         moderato("activate", "v2")
         assert moderato("rollback").stderr == "v1 is the active version again\n"
+
+    def test_two_side_by_side(self, moderato: Moderato, sqlite_url: str, versions_dir: Path, tmp_path: Path) -> None:
+        # Given a version by its name and one by its directory, and no comment
+        pair = "starter-1", str(versions_dir / VERSION)
+        done = moderato("models", "compare", *pair)
+        assert "the figures only are compared" in done.stderr
+        assert "they were measured on different rows" in done.stderr
+        assert "ROC-AUC identity_hate" in done.stdout and "decided otherwise" not in done.stdout
+        # Given three comments, two of the same text, and one whose text is gone
+        insult = "You are a complete idiot and nobody wants you here."
+        decide(
+            sqlite_url,
+            scored("a", text=insult, decided_at=minutes(3)),
+            scored("b", text=insult, decided_at=minutes(2)),
+            scored("c", text="Thank you for the dates.", decided_at=minutes(1)),
+            replace(scored("erased", decided_at=minutes(4)), text=None),
+        )
+        # Then the newest of them that are stored are scored by both, and decided by the policy
+        done = moderato("models", "compare", *pair, "-n", "2", "--most", "1")
+        assert "of the newest 2 stored comments" in done.stdout
+        assert done.stdout.count(insult) == 1 and "Thank you" not in done.stdout
+        rows = "comment_text,toxic\nGood morning,0\nYou idiot,1\n"
+        (tmp_path / "rows.csv").write_text(rows)
+        done = moderato("models", "compare", *pair, "--holdout", str(tmp_path / "rows.csv"), "--json")
+        told = json.loads(done.stdout)
+        assert insult not in done.stdout
+        assert (told["a"]["version"], told["a"]["figures"]["rows"], told["b"]["figures"]["rows"]) == ("starter-1", 2, 2)
+        assert told["decisions"]["compared"] == 3
+        starter = {each["action"]: each["before"] for each in told["decisions"]["growth"]}
+        assert (starter["allow"], starter["hide"]) == (1, 2)
+        assert {each["submission_id"] for each in told["decisions"]["most_changed"]} == {"a", "b", "c"}
+        # And `models` alone still lists
+        assert "starter-1" not in moderato("models").stdout
 
 
 class TestTraining:

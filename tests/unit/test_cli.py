@@ -30,6 +30,7 @@ COMMANDS = [
     ["erase"],
     ["retrain"],
     ["models"],
+    ["models", "compare"],
     ["activate"],
     ["rollback"],
     ["score"],
