@@ -62,9 +62,12 @@ def compare(
         first, second = ({**fact, "figures": figure} for fact, figure in zip(facts, figures, strict=True))
         print_json({"a": first, "b": second, "decisions": None if changes is None else _as_json(changes, comments)})
         return
-    out.print(_figures_table(facts, figures))
-    if len({figure.get("dataset_sha256") for figure in figures}) > 1:
-        say("they were measured on different rows, so the figures say little of each other; give --holdout FILE")
+    same_rows = len({figure.get("dataset_sha256") for figure in figures}) == 1
+    out.print(_figures_table(facts, figures, same_rows))
+    if not same_rows:
+        say(
+            "they were measured on different rows, so the figures say little of each other; --holdout FILE measures both"
+        )
     if changes is not None:
         _show_changes(changes, comments, [fact["version"] for fact in facts])
 
@@ -135,7 +138,7 @@ def _as_json(changes: "DecisionChanges", comments: "Sequence[Result]") -> dict[s
     return facts
 
 
-def _figures_table(facts: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]]) -> Table:
+def _figures_table(facts: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]], same_rows: bool) -> Table:
     table = Table("", *(fact["version"] for fact in facts), "difference")
     table.add_row("parent", *(Text(fact["parent"] or "") for fact in facts))
     table.add_row("made", *(Text(fact["created_at"]) for fact in facts))
@@ -146,20 +149,23 @@ def _figures_table(facts: Sequence[Mapping[str, Any]], figures: Sequence[Mapping
         of_label = [each.get("labels", {}).get(label, {}) for each in figures]
         values = [each.get("roc_auc") for each in of_label]
         intervals = [(each.get("intervals") or {}).get("roc_auc") for each in of_label]
-        table.add_row(f"ROC-AUC {label}", *_side_by_side(values, intervals))
+        table.add_row(f"ROC-AUC {label}", *_side_by_side(values, intervals, same_rows))
     means = [each.get("mean_roc_auc") for each in figures]
-    table.add_row("mean ROC-AUC", *_side_by_side(means, [each.get("mean_roc_auc_interval") for each in figures]))
+    intervals = [each.get("mean_roc_auc_interval") for each in figures]
+    table.add_row("mean ROC-AUC", *_side_by_side(means, intervals, same_rows))
     return table
 
 
-def _side_by_side(values: Sequence[float | None], intervals: Sequence[Sequence[float] | None]) -> list[str]:
+def _side_by_side(
+    values: Sequence[float | None], intervals: Sequence[Sequence[float] | None], same_rows: bool
+) -> list[str]:
     """Two figures with their intervals where they have one, and how far the second is above the first."""
     cells = [
         "" if value is None else f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
         for value, interval in zip(values, intervals, strict=True)
     ]
     first, second = values
-    return [*cells, "" if first is None or second is None else f"{second - first:+.4f}"]
+    return [*cells, f"{second - first:+.4f}" if same_rows and first is not None and second is not None else ""]
 
 
 def _show_changes(changes: "DecisionChanges", comments: "Sequence[Result]", versions: Sequence[str]) -> None:
