@@ -65,9 +65,7 @@ def compare(
     same_rows = len({figure.get("dataset_sha256") for figure in figures}) == 1
     out.print(_figures_table(facts, figures, same_rows))
     if not same_rows:
-        say(
-            "they were measured on different rows, so the figures say little of each other; --holdout FILE measures both"
-        )
+        say("measured on different rows, their figures say little of each other; --holdout FILE measures both")
     if changes is not None:
         _show_changes(changes, comments, [fact["version"] for fact in facts])
 
