@@ -27,6 +27,7 @@ def up() -> None:
             "Try in another terminal:\n\n"
             '  moderato submit "You are right, thank you." "You are an idiot." --wait\n'
             "  moderato results --text\n"
+            "  moderato review next\n"
             "  moderato review SUBMISSION --action allow --label toxic=0\n"
             "  moderato retrain --set max_rows=300 --set epochs=1 --follow\n"
             "  moderato models"

@@ -15,8 +15,12 @@ SEVERE_LABELS = ("severe_toxic", "threat", "identity_hate")
 SEVERE_FROM = 0.5
 CONFLICT = 1.0
 """What two versions that act differently add; a score right at a threshold adds as much, a severe one nearly."""
-TAKEN_AWAY = {Action.HIDE: 0.3, Action.REMOVE: 0.4}
-"""What an action adds that its author would notice, where no severe label says why."""
+BY_ACTION = {
+    Action.REVIEW: (0.3, "the policy asks for a review"),
+    Action.HIDE: (0.3, "severe: hide"),
+    Action.REMOVE: (0.4, "severe: remove"),
+}
+"""What an action adds where no severe label does, and why."""
 
 IN_WORDS = {
     Action.ALLOW: "allow it",
@@ -108,7 +112,7 @@ def _severe(scores: Sequence[float], action: Action) -> tuple[float, str]:
     ]
     if severe:
         return max(severe)[0], ", ".join(f"{label} {score:.2f}" for score, label in sorted(severe, reverse=True))
-    return TAKEN_AWAY.get(action, 0.0), f"severe: {action}"
+    return BY_ACTION.get(action, (0.0, ""))
 
 
 def _disputed(scores: Sequence[float], action: Action, opinions: Sequence[Opinion]) -> tuple[float, str]:

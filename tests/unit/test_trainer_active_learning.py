@@ -19,6 +19,7 @@ POLICY = parse_policy(
     toxic: {label: 0.5, hide: 0.9}
     insult: {hide: 0.8}
     threat: {hide: 0.6, remove: 0.95}
+    obscene: {review: 0.7}
   strict: {toxic: {hide: 0.4}}
 """
 )
@@ -66,9 +67,19 @@ class TestReasons:
             ({"toxic": 0.91, "insult": 0.99}, ["severe: hide"]),
             ({"insult": 0.83}, ["insult 0.83, 0.03 above hide at 0.80", "severe: hide"]),
             ({"obscene": 0.53}, ["obscene 0.53: unsure"]),
+            ({"obscene": 0.85}, ["the policy asks for a review"]),
             ({"severe_toxic": 0.7, "identity_hate": 0.75}, ["identity_hate 0.75, severe_toxic 0.70"]),
         ],
-        ids=["none", "close below", "above what changes nothing", "held", "close above", "unsure", "severe"],
+        ids=[
+            "none",
+            "close below",
+            "above what changes nothing",
+            "held",
+            "close above",
+            "unsure",
+            "asked for",
+            "severe",
+        ],
     )
     def test_of_one_decision(self, given: dict[str, float], reasons: list[str]) -> None:
         assert ask(given)[1] == reasons
