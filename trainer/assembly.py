@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.settings import TrainerSettings
-from trainer.augmentation import evasive_copies, repeats
+from trainer.augmentation import evasive_copies, repeats, synonym_copies
 from trainer.dataset import Dataset, concatenate, merge_duplicates, near_key, text_key
 from trainer.sources import read_sources
 
@@ -44,7 +44,9 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
     Raises:
         DatasetError: a source cannot be read.
     """
-    replay_rng, validation_rng, evasion_rng = (np.random.default_rng([settings.seed, step]) for step in range(3))
+    replay_rng, validation_rng, evasion_rng, synonym_rng = (
+        np.random.default_rng([settings.seed, step]) for step in range(4)
+    )
     parts = read_sources(settings)
     held_out = {near_key(text_key(text)) for text in holdout.texts}
     rows, keys, near, counts = _unique(concatenate(parts), held_out)
@@ -64,7 +66,8 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
     # By chance a copy may be spelt like a row that is kept apart.
     apart = held_out | set(near[is_validation])
     evasive = _without(apart, evasive_copies(oversampled, settings.evasion_share, evasion_rng))
-    training = concatenate([oversampled, evasive])
+    reworded = _without(apart, synonym_copies(oversampled, settings.synonym_share, synonym_rng))
+    training = concatenate([oversampled, evasive, reworded])
 
     described = {"training": training.describe(), "validation": validation.describe(), "holdout": holdout.describe()}
     card = {
@@ -82,7 +85,11 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
             **correction_counts,
         },
         "not_drawn": len(usable) - len(drawn),
-        "added": {"oversampled": len(oversampled) - len(plain), "evasive": len(evasive)},
+        "added": {
+            "oversampled": len(oversampled) - len(plain),
+            "evasive": len(evasive),
+            "reworded": len(reworded),
+        },
         **described,
         "notes": _notes(validation),
     }

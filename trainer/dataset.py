@@ -26,7 +26,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TELLING_VALUE = re.compile(r"[-+.,%\deE]{1,12}|(?i:true|false|yes|no|nan|none|null)")
 """What may be quoted of a wrong label: anything else may be a comment in the wrong column, and must not reach a log."""
 TELLING_NAME = re.compile(r"[\w.-]{1,40}")
-"""The same of a column's name: in a file without a header these are its first comment."""
+"""The same of a column's name or a row's id: in a file without a header the names are its first comment."""
 ASCII_BUT_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalpha())
 
 Columns = Mapping[Any, str]
@@ -181,7 +181,7 @@ def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[st
     Raises:
         DatasetError: there is no text, no label, or not the column that `columns` names.
     """
-    has = ", ".join(repr(name) if TELLING_NAME.fullmatch(name) else f"one of {len(name)} characters" for name in names)
+    has = ", ".join(map(quoted, names))
     found = {}
     for ours in (TEXT_COLUMN, *LABELS):
         theirs = columns.get(ours, ours)
@@ -202,6 +202,11 @@ def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[st
             "trainer.columns, or by --columns toxic=ITS_NAME"
         )
     return found
+
+
+def quoted(name: str) -> str:
+    """A column's name or a row's id, as a message may show it."""
+    return repr(name) if TELLING_NAME.fullmatch(name) else f"one of {len(name)} characters"
 
 
 # --- Corrections ---

@@ -21,6 +21,7 @@ from trainer.dataset import (
     DatasetError,
     find_columns,
     from_frame,
+    quoted,
     read_csv,
     read_frame,
 )
@@ -91,7 +92,9 @@ def _read_test(test: Path, test_labels: Path) -> Dataset:
     texts, labels = _by_id(test, (TEXT_COLUMN,)), _by_id(test_labels, LABELS)
     for one, other, there, not_there in ((labels, texts, test_labels, test), (texts, labels, test, test_labels)):
         if len(missing := one.index.difference(other.index)):
-            raise DatasetError(f"id {missing[0]!r} is in {there} but not in {not_there}; are they of one download?")
+            raise DatasetError(
+                f"id {quoted(missing[0])} is in {there} but not in {not_there}; are they of one download?"
+            )
     labels = labels.loc[texts.index, list(LABELS)]
     scored = (labels != NOT_SCORED).any(axis=1)
     rows = texts.join(labels.replace(NOT_SCORED, "")).reset_index()
@@ -103,7 +106,7 @@ def _by_id(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     if lacking := [column for column in ("id", *columns) if column not in frame]:
         raise DatasetError(f"{path} has no column {lacking[0]!r}, which the Jigsaw challenge's file of this name has")
     if len(twice := frame.index[frame.id.duplicated()]):
-        raise DatasetError(f"{path}, row {twice[0] + 2}: its id {frame.id[twice[0]]!r} was there before")
+        raise DatasetError(f"{path}, row {twice[0] + 2}: its id {quoted(frame.id[twice[0]])} was there before")
     return frame.set_index("id")
 
 

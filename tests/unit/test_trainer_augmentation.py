@@ -1,11 +1,21 @@
 """Rows made of rows: how many, with which labels, and from which."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.augmentation import MOST_REPEATS, draw, evasive_copies, repeats
+from trainer.augmentation import (
+    MOST_REPEATS,
+    SYNONYMS_FILE,
+    draw,
+    evasive_copies,
+    neutral_synonyms,
+    repeats,
+    synonym_copies,
+)
 from trainer.dataset import Dataset
 
 
@@ -54,3 +64,54 @@ def test_an_evasive_copy_keeps_labels_and_weight_and_is_written_otherwise() -> N
     assert len(set(copies.texts)) == 20
     assert sum("idiot" in text for text in copies.texts) > 2
     assert evasive_copies(rows, 2.0, np.random.default_rng(1)).sha256 == copies.sha256
+
+
+# --- Synonyms ---
+
+
+def rows_with_huge() -> Dataset:
+    """40 rows, half of them toxic; "hate", "detest" and "theme" are in those alone."""
+    texts = [
+        f"A HUGE topic {n}, {'I hate and detest the theme' if toxic else 'I like it'}: huge, Vast or immense"
+        for n in range(20)
+        for toxic in (False, True)
+    ]
+    labels = np.full((40, 6), np.nan, dtype=np.float32)
+    labels[:, 0] = [0, 1] * 20
+    return Dataset(texts, labels, np.arange(40, dtype=np.float32))
+
+
+def test_only_words_that_tell_nothing_are_replaced_and_only_by_such() -> None:
+    synonyms = neutral_synonyms(rows_with_huge())
+    assert {word: synonyms.get(word) for word in ("huge", "immense", "hate", "detest")} == {
+        "huge": ["vast", "immense"],
+        "immense": ["vast", "huge"],
+        "hate": None,
+        "detest": None,
+    }
+    # Nor is a word replaced by one that tells something
+    assert neutral_synonyms(rows_with_huge().take([]))["topic"] == ["theme"]
+    assert "topic" not in synonyms
+
+
+def test_a_copy_with_synonyms_keeps_everything_else() -> None:
+    rows = rows_with_huge()
+    copies = synonym_copies(rows, 1.0, np.random.default_rng(1))
+    assert sorted(copies.weights.tolist()) == rows.weights.tolist()
+    for text, labels, weight in zip(copies.texts, copies.labels, copies.weights, strict=True):
+        source = rows.texts[int(weight)]
+        np.testing.assert_array_equal(labels, rows.labels[int(weight)])
+        assert text != source
+        pattern = re.sub("huge|vast|immense", "(huge|vast|immense)", source, flags=re.IGNORECASE)
+        assert re.fullmatch(pattern, text, re.IGNORECASE)
+        # And it is written as the word was
+        assert re.match("A (HUGE|VAST|IMMENSE) topic", text)
+        assert re.search(", (Huge|Vast|Immense) or ", text)
+    assert len(synonym_copies(rows.take([]), 1.0, np.random.default_rng(1))) == 0
+
+
+def test_the_shipped_words_have_others_and_name_nobody() -> None:
+    lines = [line.split() for line in SYNONYMS_FILE.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) > 1000
+    assert all(2 <= len(words) <= 4 and words[0] not in words[1:] for words in lines)
+    assert not {word for words in lines for word in words} & {"idiot", "bastard", "black", "queer", "woman", "jews"}
