@@ -5,7 +5,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import dead_letters, offline, privacy, producing, report, reviewing, status, system, training, trials, versions
+from cli import (
+    dead_letters,
+    evaluating,
+    offline,
+    privacy,
+    producing,
+    report,
+    reviewing,
+    status,
+    system,
+    training,
+    trials,
+    versions,
+)
 from cli.terminal import say
 from cli.trainer_options import TrainerCommand
 
@@ -47,7 +60,7 @@ app.add_typer(versions.app, name="models")
 app.command()(versions.activate)
 app.command()(versions.rollback)
 app.command()(offline.score)
-app.command()(offline.evaluate)
+app.command()(evaluating.evaluate)
 app.command(cls=TrainerCommand)(training.train)
 app.command()(report.report)
 app.add_typer(trials.canary, name="canary")

@@ -1,15 +1,14 @@
-"""Commands that need neither queue nor database: score a CSV, measure a version on labelled rows."""
+"""Scoring that needs neither queue nor database: `moderato score`, and what other commands score with."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from cli.terminal import Problem, out, print_json, progress, say
+from cli.terminal import Problem, progress, say
 from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
 
 if TYPE_CHECKING:
@@ -77,46 +76,6 @@ def score(
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
     say(f"{rows:,} rows in {target}")
-
-
-def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="CSV", exists=True, dir_okay=False)],
-    version: Version = STARTER_VERSION,
-    engine: Annotated[Literal["auto", "onnx", "torch"], typer.Option(help="onnx is int8 on the CPU.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Measure a version on labelled comments: a CSV with comment_text and label columns of 0, 1 or blank (unknown).
-
-    Example: moderato evaluate samples/holdout.csv --engine torch
-    """
-    from config.settings import settings
-    from model.engine import load_scorer
-    from trainer.dataset import read_csv
-    from trainer.evaluation import measure
-
-    rows = read_csv(source)
-    if not len(rows):
-        raise Problem(f"{source} has no rows")
-    scorer = load_scorer(find_version(version), engine=engine, threads=settings().worker.threads)
-    say(f"version {scorer.version}, {scorer.engine.description}")
-    evaluation = measure(score_texts(scorer, rows.texts), rows).as_dict()
-    if as_json:
-        print_json({"version": scorer.version, "engine": scorer.engine.description, **evaluation})
-    else:
-        show_evaluation(evaluation)
-
-
-def show_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """A version's figures as a table; `evaluation` as `trainer.evaluation.Evaluation.as_dict` gives it."""
-    table = Table("label", "positives", "negatives", "ROC-AUC", "average precision", "log loss")
-    for label, metrics in evaluation["labels"].items():
-        figures = (metrics["roc_auc"], metrics["average_precision"], metrics["log_loss"])
-        shown = ["" if figure is None else f"{figure:.4f}" for figure in figures]
-        table.add_row(label, f"{metrics['positives']:,}", f"{metrics['negatives']:,}", *shown)
-    mean = evaluation["mean_roc_auc"]
-    table.add_section()
-    table.add_row("mean", "", "", "" if mean is None else f"{mean:.4f}", "", "")
-    out.print(table)
 
 
 def score_texts(scorer: "Scorer", texts: Sequence[str]) -> "Scores":

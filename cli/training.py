@@ -93,7 +93,8 @@ def train(
     err.quiet = not is_first
     say("loading torch and the data")
 
-    from cli.offline import find_version, show_evaluation
+    from cli.evaluating import show_evaluation
+    from cli.offline import find_version
     from trainer.assembly import assemble
     from trainer.checkpoints import checkpoint_folder
     from trainer.dataset import from_corrections

@@ -26,6 +26,7 @@ from db import queries
 from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
+from model.policy import parse_policy
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
 
@@ -375,6 +376,37 @@ class TestOffline:
         [figures] = json_lines(done.stdout)
         assert figures["version"] == VERSION
         assert 0 < figures["labels"]["toxic"]["roc_auc"] < 1
+        low, high = figures["labels"]["toxic"]["intervals"]["roc_auc"]
+        assert 0 < low < high < 1
+        assert figures["slices"]["short"]["rows"] > 0
+        assert figures["identities"]["any"]["rows"] > 0
+
+    def test_measuring_in_words_with_the_worst_misses(self, moderato: Moderato, tmp_path: Path) -> None:
+        # Given two files whose columns have other names
+        for name, said in (("a.csv", "1"), ("b.csv", "0")):
+            with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+                rows = [(f"comment {number} of {name}", said) for number in range(12)]
+                csv.writer(file).writerows([("body", "target"), *rows])
+        files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+        named = ["--version", VERSION, "--column", "comment_text=body", "--column", "toxic=target"]
+        # When they are measured as one, under evasion too
+        done = moderato("evaluate", *files, *named, "--robustness", "--misses", "3")
+        # Then there are the figures, those of each spelling, and comments on the terminal
+        for words in (
+            "average precision",
+            "at or above",
+            "ROC-AUC of toxic",
+            "ROC-AUC on 24 rows",
+            "leetspeak",
+            ".csv",
+        ):
+            assert words in done.stdout
+        # And the advice that the rows give is a policy
+        policy = parse_policy(moderato("evaluate", *files, *named, "--thresholds").stdout)
+        assert policy.decide("default", [1.0] * 6).label == "toxic"
+        # And a column that we have no name for is refused
+        done = moderato("evaluate", *files, "--column", "body=comment_text", status=1)
+        assert "--column body=comment_text must be NAME=COLUMN" in done.stderr
 
     def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
         # When the version is fine-tuned a little further into a directory of its own
