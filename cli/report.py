@@ -61,7 +61,7 @@ def _measure(directory: Path, holdout: Path, most: int) -> "Measured":
     chosen = settings().worker
     scorer = load_scorer(directory, device=chosen.device, engine=chosen.engine, threads=chosen.threads)
     with progress(f"measuring on {holdout.name}"):
-        evaluation = evaluate(scorer, rows)
+        evaluation = evaluate(scorer, rows, robustness_rows=settings().trainer.robustness_rows)
     thresholds = {label: metrics.threshold for label, metrics in evaluation.labels.items()}
     return Measured(
         figures=evaluation.as_dict(),

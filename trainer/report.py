@@ -254,7 +254,7 @@ def tables(
             else:
                 alike.setdefault(tuple(inner), {})[key] = inner
     for keys, group in alike.items():
-        rows = {key: {column: show(value) for column, value in entry.items()} for key, entry in group.items()}
+        rows = {key: {_words(column): show(value) for column, value in entry.items()} for key, entry in group.items()}
         if len(keys) > len(group):
             rows = {row: {_words(key): show(entry[row]) for key, entry in group.items()} for row in keys}
         found += _table(", ".join(map(_words, group)), name, rows)
@@ -299,13 +299,16 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "confusion": _confusion_tables(figures),
         "thresholds": _threshold_tables(facts.get("thresholds") or {}),
         "slices": _table("By slice", "slice", _measured_rows(figures.get("slices") or {})),
-        "identities": _table(
-            "Toxic scores where a group is mentioned", "group", _measured_rows(figures.get("identities") or {})
-        ),
+        "identities": _identity_table(figures),
+        "seldom": [
+            f"{_words(group)} ({each['rows']:,})"
+            for group, each in (figures.get("identities") or {}).items()
+            if not _has_areas(each)
+        ],
         "robustness": _robustness_table(figures.get("robustness") or {}),
         "int8": _int8_table(metrics),
         "int8_largest_difference": metrics.get("int8_largest_difference"),
-        "calibration_tables": tables("Calibration", facts.get("calibration") or {}, name="label"),
+        "calibration": _calibration_table(facts.get("calibration") or {}),
         "policy": None,
         "training_loss": metrics.get("training_loss"),
         "dataset": tables("Data", facts["dataset"]),
@@ -333,7 +336,7 @@ def _origin(directory: Path, facts: Mapping[str, Any], encoder: str | None) -> d
         if layers and width
         else network["model_type"],
         "reads": f"{facts['max_length']} tokens at once; longer texts in overlapping windows",
-        "texts are made alike by": facts.get("normalisation"),
+        "normalisation": facts.get("normalisation"),
         "stored weights": facts["weights"],
         "files": ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()),
         "trained with": ", ".join(f"{name} {version}" for name, version in facts["libraries"].items()),
@@ -367,7 +370,7 @@ def _label_table(figures: Mapping[str, Any]) -> list[Table]:
     over_all = {f"{name} average": figures[name] for name in ("micro", "macro") if figures.get(name)}
     if not over_all and figures.get("mean_roc_auc") is not None:
         over_all = {"mean": {"roc_auc": figures["mean_roc_auc"]}}
-    return _table("Figures by label", "label", rows | _measured_rows(over_all))
+    return _table("Each label, and all of them", "label", rows | _measured_rows(over_all))
 
 
 def _measured_rows(
@@ -405,6 +408,14 @@ def _confusion_tables(figures: Mapping[str, Any]) -> list[Table]:
     return found
 
 
+def _calibration_table(calibration: Mapping[str, Any]) -> list[Table]:
+    rows = {
+        label: {_words(key).replace("ece", "ECE"): _shown(value) for key, value in fitted.items()}
+        for label, fitted in calibration.items()
+    }
+    return _table("What was fitted to the validation rows: scale × logit + shift", "label", rows)
+
+
 def _threshold_tables(thresholds: Mapping[str, Any]) -> list[Table]:
     found: list[Table] = []
     for advice, title in ADVICE.items():
@@ -415,6 +426,18 @@ def _threshold_tables(thresholds: Mapping[str, Any]) -> list[Table]:
         }
         found += _table(title, "label", rows)
     return found
+
+
+def _identity_table(figures: Mapping[str, Any]) -> list[Table]:
+    groups = {group: each for group, each in (figures.get("identities") or {}).items() if _has_areas(each)}
+    rows = _measured_rows(groups)
+    if rows and (means := figures.get("identity_means")):
+        rows |= _measured_rows({"generalised mean": means})
+    return _table("Toxic scores where a group is mentioned", "group", rows)
+
+
+def _has_areas(measured: Mapping[str, Any]) -> bool:
+    return any(measured.get(key) is not None for key in IDENTITY_METRICS)
 
 
 def _robustness_table(robustness: Mapping[str, Any]) -> list[Table]:
@@ -464,7 +487,7 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
             "at most": "" if each["bar"] is None else f"{each['bar']:g}",
             "verdict": "too few to judge" if each["bar"] is None else "passed" if each["passed"] else "not passed",
         }
-    return _table("The version that was active, and this one, on the same held-out rows", "figure", rows)
+    return _table("On the same held-out rows", "figure", rows)
 
 
 def _model_index(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -533,7 +556,7 @@ def _dots(title: str, parts: Mapping[str, Any], metrics: Mapping[str, str], *, a
             if measured.get(key) is not None
         }
         if known:
-            rows[part] = known
+            rows[part if part in LABELS else _words(part)] = known
     return draw.dots(title, rows, axis=axis) if rows else None
 
 
