@@ -23,6 +23,7 @@ from config.names import LABELS
 from config.settings import ROOT, load_settings
 from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE
 from trainer import figures as draw
+from trainer.calibration import policy_yaml
 from trainer.figures import Dot
 
 REPORT_FILE = "report.html"
@@ -241,21 +242,23 @@ def tables(
     Mappings with the same keys become the rows of one table, or its columns where that is narrower.
     """
     show = show or _shown
-    found = _table(caption, name, {key: {VALUE: show(value)} for key, value in facts.items() if not _is_nested(value)})
+    plain = {key: {VALUE: show(value)} for key, value in facts.items() if not _is_nested(value)}
+    found = _table(caption, name, plain)
     alike: dict[tuple[str, ...], dict[str, Mapping[str, object]]] = {}
     for key, value in facts.items():
-        if _is_nested(value):
-            # Of a list each entry is named by its place and by what it says first.
-            inner = value if isinstance(value, Mapping) else _numbered(value)
-            if any(map(_is_nested, inner.values())):
-                for table in tables(_words(key), inner, name=name, show=show):
-                    prefix = "" if table.caption == _words(key) else f"{_words(key)}: "
-                    found.append(replace(table, caption=prefix + table.caption))
-            else:
-                alike.setdefault(tuple(inner), {})[key] = inner
+        if isinstance(value, list) and _is_nested(value):
+            found += _table(_words(key), name, dict(_entry(n, entry, show) for n, entry in enumerate(value, 1)))
+        elif _is_nested(value) and any(map(_is_nested, value.values())):
+            for table in tables(_words(key), value, name=name, show=show):
+                prefix = "" if table.caption == _words(key) else f"{_words(key)}: "
+                found.append(replace(table, caption=prefix + table.caption))
+        elif _is_nested(value):
+            alike.setdefault(tuple(value), {})[key] = value
     for keys, group in alike.items():
         rows = {key: {_words(column): show(value) for column, value in entry.items()} for key, entry in group.items()}
-        if len(keys) > len(group):
+        if len(group) == 1:
+            rows = {row: {VALUE: cell} for row, cell in rows.popitem()[1].items()}
+        elif len(keys) > len(group):
             rows = {row: {_words(key): show(entry[row]) for key, entry in group.items()} for row in keys}
         found += _table(", ".join(map(_words, group)), name, rows)
     return found
@@ -275,7 +278,8 @@ def reproduction(facts: Mapping[str, Any]) -> str | None:
         for key, value in settings.items()
         if key in defaults and key != "encoder" and value != defaults[key]
     )
-    words = [f"moderato train --name {facts['version']}-again {start}", f"--precision {facts['weights']}", *changed]
+    name = shlex.quote(f"{facts['version']}-again")
+    words = [f"moderato train --name {name} {start}", f"--precision {facts['weights']}", *changed]
     return " \\\n    ".join(words)
 
 
@@ -298,7 +302,9 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "intervals": any(each.get("intervals") for each in figures.get("labels", {}).values()),
         "confusion": _confusion_tables(figures),
         "thresholds": _threshold_tables(facts.get("thresholds") or {}),
-        "slices": _table("By slice", "slice", _measured_rows(figures.get("slices") or {})),
+        "slices": _table(
+            "ROC-AUC and positives are those of toxic", "slice", _measured_rows(figures.get("slices") or {})
+        ),
         "identities": _identity_table(figures),
         "seldom": [
             f"{_words(group)} ({each['rows']:,})"
@@ -307,11 +313,11 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         ],
         "robustness": _robustness_table(figures.get("robustness") or {}),
         "int8": _int8_table(metrics),
-        "int8_largest_difference": metrics.get("int8_largest_difference"),
+        "int8_largest_difference": (metrics.get("int8") or _measured_by_form(metrics))["largest_difference"],
         "calibration": _calibration_table(facts.get("calibration") or {}),
-        "policy": None,
-        "training_loss": metrics.get("training_loss"),
-        "dataset": tables("Data", facts["dataset"]),
+        "policy": policy_yaml(facts["thresholds"]) if facts.get("thresholds") else None,
+        "training": metrics,
+        "dataset": tables("Data", _from_root(facts["dataset"])),
         "settings": tables("Settings", _from_root(facts["settings"]), name="setting", show=_as_written),
         "command": reproduction(facts),
     }
@@ -462,18 +468,24 @@ def _losses(robustness: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _int8_table(metrics: Mapping[str, Any]) -> list[Table]:
-    int8, fp32 = (metrics.get(form) or {} for form in ("holdout_int8", "holdout_fp32"))
-    pairs = {
-        label: (int8["labels"][label].get("roc_auc"), measured.get("roc_auc"))
-        for label, measured in fp32.get("labels", {}).items()
-        if label in int8.get("labels", {})
-    }
     rows = {
-        label: {"int8": f"{small:.4f}", "torch, fp32": f"{full:.4f}", "change": f"{small - full:+.4f}"}
-        for label, (small, full) in pairs.items()
-        if small is not None and full is not None
+        label: {"int8": f"{auc['int8']:.4f}", "torch, fp32": f"{auc['torch']:.4f}"}
+        | {"change": f"{auc['int8'] - auc['torch']:+.4f}"}
+        for label, auc in (metrics.get("int8") or _measured_by_form(metrics))["roc_auc"].items()
+        if None not in (auc["int8"], auc["torch"])
     }
     return _table("ROC-AUC of both forms on the held-out rows", "label", rows)
+
+
+def _measured_by_form(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What `trainer.soundness.compare_int8` gives, of a manifest that holds the figures of both forms."""
+    int8, fp32 = (metrics.get(form, {}).get("labels", {}) for form in ("holdout_int8", "holdout_fp32"))
+    aucs = {
+        label: {"torch": fp32[label].get("roc_auc"), "int8": int8[label].get("roc_auc")}
+        for label in fp32
+        if label in int8
+    }
+    return {"roc_auc": aucs, "largest_difference": metrics.get("int8_largest_difference")}
 
 
 def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -587,14 +599,15 @@ def _table(caption: str, name: str, rows: Mapping[str, Mapping[str, str]]) -> li
     return [Table(caption, [name, *columns], [[key, *(row.get(c, "") for c in columns)] for key, row in rows.items()])]
 
 
+def _entry(number: int, entry: Mapping[str, Any], show: Callable[[object], str]) -> tuple[str, dict[str, str]]:
+    """A row for an entry of a list, called by its place and by what it says first."""
+    (_, first), *others = entry.items()
+    return f"{number}. {show(first)}", {_words(key): show(value) for key, value in others}
+
+
 def _is_nested(value: object) -> bool:
-    entries = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return any(isinstance(entry, Mapping) and entry for entry in entries)
-
-
-def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
-    rows = [entry for entry in entries if isinstance(entry, Mapping) and entry]
-    return {f"{number}. {next(iter(row.values()))}": row for number, row in enumerate(rows, 1)}
+    entries = value if isinstance(value, list) else [value]
+    return bool(entries) and all(isinstance(entry, Mapping) and entry for entry in entries)
 
 
 def _interval(bounds: Sequence[float] | None) -> str:
