@@ -6,7 +6,6 @@ readable on a phone, in the dark and on paper. What a manifest lacks, because an
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from config.names import LABELS
-from config.settings import ROOT, load_settings
+from config.settings import ROOT
 from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE
 from trainer import figures as draw
 from trainer.calibration import policy_yaml
@@ -264,23 +263,17 @@ def tables(
     return found
 
 
-def reproduction(facts: Mapping[str, Any]) -> str | None:
-    """The command that trains such a version again; None where the settings are not those of one training."""
+def recipe(facts: Mapping[str, Any]) -> str | None:
+    """Every setting of a version's training, as `moderato train --config` reads them.
+
+    None where they are not those of one training.
+    """
     settings = facts["settings"]
     if "train_files" not in settings:
         return None
-    defaults = load_settings({}).trainer.model_dump(mode="json")
-    start = (
-        f"--from {shlex.quote(facts['parent'])}" if facts["parent"] else f"--encoder {shlex.quote(settings['encoder'])}"
-    )
-    changed = (
-        f"--set {shlex.quote(f'{key}={json.dumps(_from_root(value))}')}"
-        for key, value in settings.items()
-        if key in defaults and key != "encoder" and value != defaults[key]
-    )
-    name = shlex.quote(f"{facts['version']}-again")
-    words = [f"moderato train --name {name} {start}", f"--precision {facts['weights']}", *changed]
-    return " \\\n    ".join(words)
+    # What is fine-tuned from a version starts from no encoder.
+    used = {key: value for key, value in settings.items() if key != "encoder" or not facts["parent"]}
+    return yaml.safe_dump(_from_root(used), sort_keys=False, allow_unicode=True)
 
 
 # --- What both documents tell ------------------------------------------------------------------------------------
@@ -319,7 +312,9 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "training": metrics,
         "dataset": tables("Data", _from_root(facts["dataset"])),
         "settings": tables("Settings", _from_root(facts["settings"]), name="setting", show=_as_written),
-        "command": reproduction(facts),
+        "recipe": recipe(facts),
+        "again": f"{facts['version']}-again",
+        "weights": facts["weights"],
     }
 
 

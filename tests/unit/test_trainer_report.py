@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +15,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from cli.training import parse_overrides
+from cli.main import app
 from config.names import LABELS
-from config.settings import ROOT, load_settings, trainer_settings
+from config.settings import ROOT, load_settings, read_recipe, settings, trainer_settings
 from db import queries
 from db.session import open_database, writing
 from model.version import STARTER_DIRECTORY, read_manifest
@@ -34,9 +31,9 @@ from trainer.report import (
     Measured,
     Miss,
     measured_at_training,
+    recipe,
     render_card,
     render_page,
-    reproduction,
     worst_misses,
     write_report,
 )
@@ -179,6 +176,7 @@ def test_an_old_manifest_has_a_page_without_what_it_lacks() -> None:
     del facts["metrics"]["training_loss"]
     facts |= {"calibration": {}, "thresholds": {}}
     facts["metrics"].pop("history", None)
+    facts["metrics"].pop("int8", None)
     # When it is drawn
     page, card = Page(page_of(facts)), render_card(STARTER_DIRECTORY, facts)
     # Then what it has is shown, and there is no empty box
@@ -255,21 +253,20 @@ def test_the_worst_misses_are_those_farthest_on_the_wrong_side() -> None:
     assert [miss.text for miss in fewer] == ["b", "f"]
 
 
-def test_the_command_trains_with_the_same_settings() -> None:
+def test_the_recipe_is_every_setting_as_train_reads_them(tmp_path: Path) -> None:
     # Given settings that differ from the defaults, of a version that was fine-tuned from another
     base = load_settings({})
-    changed = {"epochs": 3, "learning_rate": 8e-5, "report_to": ["a b", "it's"], "columns": {"toxic": "target"}}
+    changed = {"epochs": 3, "learning_rate": 8e-5, "report_to": ["a: b", "it's"], "columns": {"toxic": "target"}}
     chosen = trainer_settings(base, changed)
-    manifest = {"version": "mine-1", "parent": "starter-1", "weights": "int8"}
-    command = reproduction(manifest | {"settings": json.loads(chosen.model_dump_json())})
-    # When a shell reads it
-    assert command is not None
-    words = shlex.split(command.replace("\\\n", ""))
-    # Then it says where to start, and its settings are those
-    assert words[:6] == ["moderato", "train", "--name", "mine-1-again", "--from", "starter-1"]
-    overrides = [value for option, value in pairwise(words) if option == "--set"]
-    assert len(overrides) == len(changed)
-    assert trainer_settings(base, parse_overrides(overrides)) == chosen
+    facts = {"parent": "starter-1", "settings": json.loads(chosen.model_dump_json())}
+    # When they are read from the file that the report tells to write
+    (tmp_path / "recipe.yaml").write_text(str(recipe(facts)), encoding="utf-8")
+    values = read_recipe(tmp_path / "recipe.yaml")
+    # Then they are the same, but for the encoder, from which it did not start, and paths are the repository's
+    assert trainer_settings(base, values) == chosen
+    assert set(facts["settings"]) - set(values) == {"encoder"}
+    assert values["train_files"] == ["samples/train.csv"]
+    assert "encoder" in yaml.safe_load(str(recipe(facts | {"parent": None})))
 
 
 def test_a_card_has_what_the_hub_reads(facts: dict[str, Any], tiny_version: Path) -> None:
@@ -304,8 +301,25 @@ def test_a_version_is_written_with_its_report(facts: dict[str, Any], tiny_versio
     assert len(page) < 400_000
 
 
-def test_the_command_adds_the_verdict_curves_and_misses(tiny_version: Path, sqlite_url: str, tmp_path: Path) -> None:
-    # Given a version that a run wrote and the gate refused
+@pytest.fixture
+def moderato(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """`moderato` in this process, which has torch loaded: what it says, where it succeeds."""
+
+    def run(*arguments: str, database_url: str) -> str:
+        monkeypatch.setenv("MODERATO_DATABASE_URL", database_url)
+        settings.cache_clear()
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return done.stderr
+
+    yield run
+    settings.cache_clear()
+
+
+def test_the_command_adds_the_verdict_curves_and_misses(
+    moderato: Callable[..., str], tiny_version: Path, sqlite_url: str, tmp_path: Path
+) -> None:
+    # Given a version that a run wrote and the gate refused, and labelled rows
     now = datetime.now(UTC)
     database = open_database(sqlite_url)
     with writing(database) as connection:
@@ -314,32 +328,20 @@ def test_the_command_adds_the_verdict_curves_and_misses(tiny_version: Path, sqli
     database.dispose()
     rows = "".join((ROOT / "samples" / "holdout.csv").read_text(encoding="utf-8").splitlines(keepends=True)[:40])
     (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")
-    page_file = tmp_path / "page.html"
-
-    def report(*arguments: str, database_url: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "cli.main", "report", str(tiny_version), *arguments, "--output", str(page_file)],
-            cwd=ROOT,
-            env=os.environ | {"MODERATO_DATABASE_URL": database_url, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    # When its report is asked for with rows to measure it on
-    done = report("--holdout", str(tmp_path / "rows.csv"), "--misses", "1", database_url=sqlite_url)
+    command = ["report", str(tiny_version), "--output", str(tmp_path / "page.html")]
+    # When its report is asked for with these rows to measure it on
+    said = moderato(*command, "--holdout", str(tmp_path / "rows.csv"), "--misses", "1", database_url=sqlite_url)
     # Then the page has the verdict, the curves of these rows and their misses
-    assert done.returncode == 0, done.stderr
-    assert "with comments" in done.stderr
-    page = Page(page_file.read_text(encoding="utf-8"))
-    assert "verdict" in page.sections and "misses" in page.sections
+    assert "with comments" in said
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert {"verdict", "misses", "robustness"} <= set(page.sections)
     assert "worse at <threats>" in page.text and "rows.csv, now, on" in page.text
     assert "ROC curve of each label" in [drawing["aria-label"] for drawing in page.all("svg")]
 
     # When there is no database to ask, then the page goes without, and says so
-    done = report(database_url=f"sqlite:///{tmp_path}/none.db")
-    assert done.returncode == 0 and "goes without a verdict" in done.stderr
-    page = Page(page_file.read_text(encoding="utf-8"))
+    said = moderato(*command, database_url=f"sqlite:///{tmp_path}/none.db")
+    assert "goes without a verdict" in said
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "verdict" not in page.sections and "the database could not be read" in page.text
 
 
