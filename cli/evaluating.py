@@ -54,7 +54,6 @@ def evaluate(
     from trainer.calibration import advised_thresholds, policy_yaml
     from trainer.dataset import concatenate
     from trainer.evaluation import measure, measure_robustness
-    from trainer.report import worst_misses
     from trainer.sources import read_source
 
     chosen = settings().trainer
@@ -78,6 +77,8 @@ def evaluate(
         return
     show_evaluation(evaluation.as_dict())
     if misses:
+        from trainer.report import worst_misses
+
         cuts = {label: metrics.threshold for label, metrics in evaluation.labels.items()}
         _show_misses(worst_misses(rows.texts, scores, rows.labels, thresholds=cuts, most=misses))
 

@@ -6,17 +6,18 @@ folded into the heads: every engine, the int8 form too, applies them without kno
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, precision_recall_curve
 
 from config.names import LABELS
-from model.network import ToxicityNetwork
 from trainer.metrics import FEW_OF_A_CLASS, reliability
+
+if TYPE_CHECKING:
+    from model.network import ToxicityNetwork  # takes seconds to import, and advice needs no torch
 
 ROUNDED = 1e-8
 """Nearer to 1 than that, fp32 has no number but 1."""
@@ -53,13 +54,12 @@ class Calibration:
         )
         return logits * scales + shifts
 
-    def fold_into(self, network: ToxicityNetwork) -> None:
+    def fold_into(self, network: "ToxicityNetwork") -> None:
         """Make the network's heads give calibrated logits. Once only: it was fitted on the heads as they are."""
-        with torch.no_grad():
-            for label, head in zip(LABELS, network.heads, strict=True):
-                fitted = self.labels[label]
-                head.get_parameter("weight").mul_(fitted.scale)
-                head.get_parameter("bias").mul_(fitted.scale).add_(fitted.shift)
+        for label, head in zip(LABELS, network.heads, strict=True):
+            fitted = self.labels[label]
+            head.get_parameter("weight").data.mul_(fitted.scale)
+            head.get_parameter("bias").data.mul_(fitted.scale).add_(fitted.shift)
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
