@@ -30,11 +30,11 @@ def report(
     Example: moderato report starter-1 --holdout samples/holdout.csv --output starter-1.html
     """
     from cli.offline import find_version
-    from model.version import read_manifest
+    from model.version import verify
     from trainer.report import measured_at_training, render_page
 
     directory = find_version(version)
-    manifest = read_manifest(directory)
+    manifest = verify(directory)
     facts = manifest.model_dump()
     measured = _measure(directory, holdout, misses) if holdout else measured_at_training(facts)
     verdict, notes = _verdict(manifest)

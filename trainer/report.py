@@ -20,6 +20,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from config.names import LABELS
 from config.settings import ROOT
+from model.text import WORDS_FILE
 from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE
 from trainer import figures as draw
 from trainer.calibration import policy_yaml
@@ -29,16 +30,18 @@ REPORT_FILE = "report.html"
 CARD_FILE = "MODEL_CARD.md"
 
 AREA_METRICS = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
-METRICS = AREA_METRICS | {
+IDENTITY_METRICS = {"subgroup_auc": "subgroup AUC", "bpsn_auc": "BPSN AUC", "bnsp_auc": "BNSP AUC"}
+PART_METRICS = {
+    "mean_roc_auc": "mean ROC-AUC",
+    **AREA_METRICS,
     "f1": "F1",
     "precision": "precision",
     "recall": "recall",
     "accuracy": "accuracy",
     "log_loss": "log loss",
     "ece": "ECE",
+    **IDENTITY_METRICS,
 }
-IDENTITY_METRICS = {"subgroup_auc": "subgroup AUC", "bpsn_auc": "BPSN AUC", "bnsp_auc": "BNSP AUC"}
-PART_METRICS = {"mean_roc_auc": "mean ROC-AUC"} | METRICS | IDENTITY_METRICS
 """Of a label, a slice or a group, in the order of a table's columns."""
 COUNTS = {"rows": "rows", "positives": "positives", "negatives": "negatives"}
 ADVICE = {"best_f1": "For the best F1", "target_precision": "For the precision that was aimed at"}
@@ -50,7 +53,6 @@ HISTORY = (
 STATES = {
     "promoted": "Promoted: the gate found it no worse than the version that was active",
     "refused": "Refused: the gate did not let it replace the version that was active",
-    "failed": "The training failed",
 }
 ENCODER_LICENCES = {
     "distilbert-base-uncased": "apache-2.0",
@@ -74,6 +76,7 @@ SECTIONS = {
     "identities": "Identities",
     "robustness": "Robustness",
     "int8": "int8 against torch",
+    "other": "Also recorded",
     "history": "Training",
     "dataset": "Data",
     "settings": "Settings",
@@ -82,6 +85,11 @@ SECTIONS = {
 }
 """Of the page, in the order that a reader asks; one that has nothing to tell is left out."""
 
+TOLD = {
+    *("holdout_int8", "holdout_fp32", "int8", "int8_largest_difference"),
+    *("training_loss", "best_step", "stopped_early", "history"),
+}
+"""Of a manifest's metrics, those that have a place of their own."""
 ROUGH_POSITIVES = 50
 """With fewer of them a label's figures are rough."""
 VALUE = "value"
@@ -185,21 +193,19 @@ def render_page(
         **_drawings(facts["metrics"].get("history") or [], measured),
     }
     sections = {name: title for name, title in SECTIONS.items() if context.get(name, True)}
-    return (
-        _templates().get_template("report.html.jinja").render(context, sections=sections, states=STATES).strip() + "\n"
-    )
+    template = _templates().get_template("report.html.jinja")
+    return template.render(context, sections=sections, states=STATES).strip() + "\n"
 
 
 def render_card(directory: Path, facts: Mapping[str, Any]) -> str:
     """The model card of a version, in Markdown, with the front matter that the Hugging Face hub reads."""
-    shipped = measured_at_training(facts).figures
-    context = _context(directory, facts, shipped)
+    context = _context(directory, facts, measured_at_training(facts).figures)
     front = {
         "license": context["licence"],
         "base_model": context["encoder"] if context["licence"] else None,
         "pipeline_tag": "text-classification",
         "tags": ["toxicity", "comment-moderation", "multi-label"],
-        "model-index": _model_index(facts, shipped),
+        "model-index": _model_index(facts, context["figures"]),
     }
     header = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
     body = _templates().get_template("model_card.md.jinja").render(context)
@@ -291,6 +297,7 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "figures": figures,
         "glance": _glance(figures),
         "labels": _label_table(figures),
+        "rough_positives": ROUGH_POSITIVES,
         "rough": [label for label, each in figures.get("labels", {}).items() if each["positives"] < ROUGH_POSITIVES],
         "intervals": any(each.get("intervals") for each in figures.get("labels", {}).values()),
         "confusion": _confusion_tables(figures),
@@ -310,6 +317,7 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "calibration": _calibration_table(facts.get("calibration") or {}),
         "policy": policy_yaml(facts["thresholds"]) if facts.get("thresholds") else None,
         "training": metrics,
+        "other": tables("Figures", {key: value for key, value in metrics.items() if key not in TOLD}),
         "dataset": tables("Data", _from_root(facts["dataset"])),
         "settings": tables("Settings", _from_root(facts["settings"]), name="setting", show=_as_written),
         "recipe": recipe(facts),
@@ -333,11 +341,9 @@ def _origin(directory: Path, facts: Mapping[str, Any], encoder: str | None) -> d
         "made": facts["created_at"].replace("T", " ").replace("+00:00", " UTC"),
         "from version": facts["parent"],
         "from encoder": encoder,
-        "network": f"{network['model_type']}, {layers} layers of {width}"
-        if layers and width
-        else network["model_type"],
+        "network": network["model_type"] + (f", {layers} layers of {width}" if layers and width else ""),
         "reads": f"{facts['max_length']} tokens at once; longer texts in overlapping windows",
-        "normalisation": facts.get("normalisation"),
+        "disguised words": "read as the words they stand for" if (directory / WORDS_FILE).is_file() else None,
         "stored weights": facts["weights"],
         "files": ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()),
         "trained with": ", ".join(f"{name} {version}" for name, version in facts["libraries"].items()),
@@ -367,16 +373,14 @@ def _glance(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _label_table(figures: Mapping[str, Any]) -> list[Table]:
-    rows = _measured_rows(figures.get("labels", {}), words=str)
+    rows = _measured_rows(figures.get("labels", {}))
     over_all = {f"{name} average": figures[name] for name in ("micro", "macro") if figures.get(name)}
     if not over_all and figures.get("mean_roc_auc") is not None:
         over_all = {"mean": {"roc_auc": figures["mean_roc_auc"]}}
     return _table("Each label, and all of them", "label", rows | _measured_rows(over_all))
 
 
-def _measured_rows(
-    parts: Mapping[str, Mapping[str, Any]], *, words: Callable[[str], str] | None = None
-) -> dict[str, dict[str, str]]:
+def _measured_rows(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """A row for each part: its counts, and its figures with their intervals."""
     rows = {}
     for part, measured in parts.items():
@@ -385,7 +389,7 @@ def _measured_rows(
             if measured.get(key) is not None:
                 interval = _interval((measured.get("intervals") or {}).get(key))
                 row[title] = f"{measured[key]:.3f}" + (f"\n{interval}" if interval else "")
-        rows[(words or _words)(part)] = row
+        rows[_words(part)] = row
     return rows
 
 
@@ -499,9 +503,9 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _model_index(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     measured = [
-        {"type": key, "name": f"{METRICS[key]}, {label}", "value": round(each[key], 4)}
+        {"type": key, "name": f"{AREA_METRICS[key]}, {label}", "value": round(each[key], 4)}
         for label, each in figures.get("labels", {}).items()
-        for key in ("roc_auc", "average_precision")
+        for key in AREA_METRICS
         if each.get(key) is not None
     ]
     if not measured:
@@ -563,7 +567,7 @@ def _dots(title: str, parts: Mapping[str, Any], metrics: Mapping[str, str], *, a
             if measured.get(key) is not None
         }
         if known:
-            rows[part if part in LABELS else _words(part)] = known
+            rows[_words(part)] = known
     return draw.dots(title, rows, axis=axis) if rows else None
 
 
@@ -629,7 +633,7 @@ def _as_written(value: object) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name if name in LABELS else name.replace("_", " ")
 
 
 def _from_root(value: Any) -> Any:

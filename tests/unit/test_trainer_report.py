@@ -165,23 +165,18 @@ def test_a_page_tells_the_figures_of_the_manifest(facts: dict[str, Any], tiny_ve
 
 def test_an_old_manifest_has_a_page_without_what_it_lacks() -> None:
     # Given the manifest of the first release: areas, and nothing else
-    facts = read_manifest(STARTER_DIRECTORY).model_dump()
+    facts = read_manifest(STARTER_DIRECTORY).model_dump() | {"calibration": {}, "thresholds": {}}
+    shipped = facts["metrics"]["holdout_int8"]
     areas = ("positives", "negatives", "roc_auc", "average_precision")
-    for form in ("holdout_int8", "holdout_fp32"):
-        labels = facts["metrics"][form]["labels"]
-        facts["metrics"][form] = {
-            **{key: facts["metrics"][form][key] for key in ("rows", "dataset_sha256", "mean_roc_auc")},
-            "labels": {label: {key: each[key] for key in areas} for label, each in labels.items()},
-        }
-    del facts["metrics"]["training_loss"]
-    facts |= {"calibration": {}, "thresholds": {}}
-    facts["metrics"].pop("history", None)
-    facts["metrics"].pop("int8", None)
+    old = {key: shipped[key] for key in ("rows", "dataset_sha256", "mean_roc_auc")}
+    old["labels"] = {label: {key: each[key] for key in areas} for label, each in shipped["labels"].items()}
+    facts["metrics"] = {"training_loss": 0.07, "holdout_int8": old, "holdout_fp32": old, "seen": {"a test file": 0.98}}
     # When it is drawn
     page, card = Page(page_of(facts)), render_card(STARTER_DIRECTORY, facts)
     # Then what it has is shown, and there is no empty box
-    assert page.sections == ["origin", "labels", "int8", "dataset", "settings", "use"]
-    assert f"{facts['metrics']['holdout_int8']['mean_roc_auc']:.3f}" in page.text and "95 %" not in page.text
+    assert page.sections == ["origin", "labels", "int8", "other", "dataset", "settings", "use"]
+    assert f"{old['mean_roc_auc']:.3f}" in page.text and "95 %" not in page.text
+    assert "a test file 0.98" in " ".join(page.text.split())
     assert "None" not in page.text and "nan" not in page.text
     assert "## Evaluation" in card and "## Bias" not in card and "## Robustness" not in card
     # And neither where there are no figures at all
