@@ -128,7 +128,7 @@ def _comparisons(candidate: Evaluation, active: Evaluation, bars: TrainerSetting
     for group, mentioned in candidate.mentions.items():
         counted = np.where(bias_rows(truth[:, toxic] >= 0.5, mentioned)["bpsn_auc"], truth[:, toxic], np.nan)
         auc, old_auc = (_roc_auc(counted, each.scores[:, toxic]) for each in (candidate, active))
-        if auc.fewest >= bars.min_label_positives:
+        if auc.fewest >= max(bars.min_label_positives, FEWEST_IN_MEAN):
             yield _compare("BPSN AUC", group, auc, old_auc, bars.max_bias_auc_drop)
 
 

@@ -206,6 +206,17 @@ def test_a_version_that_takes_a_mention_for_an_insult_is_refused() -> None:
     assert bpsn.active == pytest.approx(roc_auc_score(active.truth[counted, TOXIC], active.scores[counted, TOXIC]))
 
 
+def test_a_group_that_one_comment_mentions_has_no_figure() -> None:
+    # Given bars that ask for no more than one comment of each class, and a group of which one is harmless
+    active = scored()
+    harmless = int(np.flatnonzero(active.truth[:, LABELS.index("toxic")] == 0)[0])
+    active = replace(active, mentions={"one": np.arange(active.rows) == harmless})
+    # Then its figure is not a number, and is none
+    judgement = judge(active, active, BARS.model_copy(update={"min_label_positives": 1}))
+    assert "BPSN AUC" not in {each.figure for each in judgement.comparisons}
+    assert judgement.promoted
+
+
 @pytest.mark.parametrize("positive", [0.02, 0.98, 0.0, 1.0])
 def test_where_nothing_can_be_compared_nothing_is_promoted(positive: float) -> None:
     judgement = judge(scored(100, positive=positive), scored(100, positive=positive), BARS)
