@@ -23,7 +23,7 @@ TEXT_CHARS = 120
 def evaluate(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="FILE…", help="CSV, folder of the Jigsaw challenge, or hub:OWNER/NAME[:SPLIT]."),
+        typer.Argument(metavar="FILE…", help="CSV, the Jigsaw challenge's FOLDER/test.csv, or hub:OWNER/NAME[:SPLIT]."),
     ],
     version: Version = STARTER_VERSION,
     engine: Annotated[Literal["auto", "onnx", "torch"], typer.Option(help="onnx is int8 on the CPU.")] = "auto",

@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import (
+    dataset,
     dead_letters,
     evaluating,
     offline,
@@ -62,6 +63,7 @@ app.command()(versions.rollback)
 app.command()(offline.score)
 app.command()(evaluating.evaluate)
 app.command(cls=TrainerCommand)(training.train)
+app.command(cls=dataset.DatasetCommand)(dataset.dataset)
 app.command()(report.report)
 app.add_typer(trials.canary, name="canary")
 app.add_typer(trials.shadow, name="shadow")

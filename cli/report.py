@@ -51,11 +51,11 @@ def _measure(directory: Path, holdout: Path, most: int) -> "Measured":
     """The version's figures on a file, scored as a worker would."""
     from config.settings import settings
     from model.engine import load_scorer
-    from trainer.dataset import read_csv
     from trainer.evaluation import evaluate
     from trainer.report import Measured, worst_misses
+    from trainer.sources import read_source
 
-    rows = read_csv(holdout)
+    rows = read_source(str(holdout))
     if not len(rows):
         raise Problem(f"{holdout} has no rows")
     chosen = settings().worker

@@ -18,10 +18,12 @@ SHORT_NAMES = {"train_files": "--train", "holdout_file": "--holdout"}
 
 
 class TrainerCommand(TyperCommand):
-    """A command that takes every setting of the trainer; it finds those that were given in `ctx.obj`.
+    """A command that takes settings of the trainer, all or those with `names`; it finds the given ones in `ctx.obj`.
 
     The options are made when the command is used: what they are made from takes longer to load than all other commands.
     """
+
+    names: frozenset[str] | None = None
 
     @cached_property
     def _trainer_options(self) -> list[Any]:
@@ -30,7 +32,7 @@ class TrainerCommand(TyperCommand):
         @app.command()
         def settings() -> None: ...
 
-        settings.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+        settings.__signature__ = inspect.Signature(_parameters(self.names))  # type: ignore[attr-defined]
         return typer.main.get_command(app).params
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -42,12 +44,14 @@ class TrainerCommand(TyperCommand):
         return super().invoke(ctx)
 
 
-def _parameters() -> list[inspect.Parameter]:
+def _parameters(names: frozenset[str] | None) -> list[inspect.Parameter]:
     from config.settings import TrainerSettings, explanations
 
     explained = explanations("trainer")
     parameters = []
     for name, field in TrainerSettings.model_fields.items():
+        if names is not None and name not in names:
+            continue
         kind = _option_type(field.annotation)
         flag = f"--{name.replace('_', '-')}"
         option = typer.Option(

@@ -91,7 +91,7 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
             "reworded": len(reworded),
         },
         **described,
-        "notes": _notes(validation),
+        "notes": _notes(training, validation),
     }
     return TrainingData(training, validation, card)
 
@@ -147,7 +147,9 @@ def _is_in(some: Set[str], keys: Keys) -> NDArray[np.bool_]:
     return np.array([key in some for key in keys], dtype=bool)
 
 
-def _notes(validation: Dataset) -> list[str]:
+def _notes(training: Dataset, validation: Dataset) -> list[str]:
+    if not len(training):
+        return ["No row is left to train on: the sources are empty, or every text in them is held out too."]
     if len(validation) >= FEW_VALIDATION_ROWS:
         return []
     return [

@@ -4,6 +4,7 @@ A label that is blank is unknown, never zero; it is NaN here and masked in the l
 """
 
 import difflib
+import gzip
 import hashlib
 import re
 import warnings
@@ -126,12 +127,23 @@ def read_frame(path: Path) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # Where rows have more fields than the header, pandas would take the first for row names, or drop the last.
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} cannot be read as CSV: {error}; save it in UTF-8") from None
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path} cannot be read as CSV: {_not_utf8(path)}; save it in UTF-8") from None
     except (OSError, ValueError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
         raise DatasetError(f"{path} cannot be read as CSV: {error}") from None
     frame.columns = frame.columns.str.strip()
     return frame
+
+
+def _not_utf8(path: Path) -> str:
+    """Where a file, packed or not, stops being UTF-8: pandas knows only how far into some piece of it."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 at its byte {error.start + 1}"
+    return "it is not UTF-8"
 
 
 def from_frame(
@@ -176,17 +188,19 @@ def from_frame(
 def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[str, str]:
     """Which column holds the text and each label that the table has: our name, its name.
 
-    A table that calls a column as we do needs no mapping, also where others are read by one.
+    A table that has none of the columns in `columns`, but our own, may stand among others that have them.
 
     Raises:
         DatasetError: there is no text, no label, or not the column that `columns` names.
     """
     has = ", ".join(map(quoted, names))
+    if TEXT_COLUMN in names and not set(columns.values()) & set(names):
+        columns = {}
     found = {}
     for ours in (TEXT_COLUMN, *LABELS):
         theirs = columns.get(ours, ours)
-        if theirs in names or ours in names:
-            found[ours] = theirs if theirs in names else ours
+        if theirs in names:
+            found[ours] = theirs
         elif ours in columns:
             near = [name for name in difflib.get_close_matches(theirs, names, n=1) if TELLING_NAME.fullmatch(name)]
             hint = f"did you mean {near[0]!r}? " if near else ""

@@ -212,6 +212,59 @@ def render_card(directory: Path, facts: Mapping[str, Any]) -> str:
     return f"---\n{header}---\n\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
+def render_dataset_card(card: Mapping[str, Any]) -> str:
+    """The card of `trainer.assembly.TrainingData` in Markdown, with the front matter that Hugging Face's hub reads."""
+    parts = {name: card[name] for name in ("training", "validation", "holdout")}
+    fate = {
+        "read": sum(source["rows"] for source in card["sources"]),
+        "dropped: no label is known": card["unlabelled_dropped"],
+        "dropped: held out too": card["leaks_dropped"],
+        "merged with the same text": card["duplicates_merged"],
+        "dropped: corrected by reviewers": card["corrections"]["replaced"],
+        "left out by max_rows": card["not_drawn"],
+        "kept apart for validation": card["validation"]["rows"],
+        "added: corrections, repeated": card["corrections"]["rows"] * card["corrections"]["repeats"],
+        "added: rows with rare labels, repeated": card["added"]["oversampled"],
+        "added: copies as evaders write": card["added"]["evasive"],
+        "added: copies with synonyms": card["added"]["reworded"],
+        "trained on": card["training"]["rows"],
+    }
+    front = {"task_categories": ["text-classification"], "tags": ["toxicity", "comment-moderation", "multi-label"]}
+    context = {
+        "sha256": card["sha256"],
+        "notes": card["notes"],
+        "sources": _table(
+            "Sources",
+            "source",
+            {
+                source["name"]: {"rows": _shown(source["rows"]), "sha256": source["sha256"]}
+                for source in card["sources"]
+            },
+        ),
+        "fate": Table("", ["rows", ""], [[name, _shown(count)] for name, count in fate.items()]),
+        "labels": [
+            table
+            for name, part in parts.items()
+            for table in _table(
+                f"{name.capitalize()}, {_shown(part['rows'])} rows, sha256 {part['sha256']}",
+                "label",
+                {
+                    label: {kind: _shown(part[kind][label]) for kind in ("positives", "negatives", "unknown")}
+                    | ({"contradictory": _shown(card["contradictions"][label])} if name == "training" else {})
+                    for label in LABELS
+                },
+            )
+        ],
+        "lengths": Table(
+            "",
+            ["rows", *card["training"]["characters"]],
+            [[name, *map(_shown, part["characters"].values())] for name, part in parts.items()],
+        ),
+    }
+    body = _templates().get_template("dataset_card.md.jinja").render(context)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+
+
 def worst_misses(
     texts: Sequence[str],
     scores: NDArray[np.float32],

@@ -1,5 +1,6 @@
 """The command line without a broker or a database: what it teaches, loads, and says when something is wrong."""
 
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ COMMANDS = [
     ["score"],
     ["evaluate"],
     ["train"],
+    ["dataset"],
     ["report"],
     ["db", "upgrade"],
     ["db", "downgrade"],
@@ -136,6 +138,13 @@ class TestMistakes:
         said = complaint("train", "--name", "x", "--columns", "body")
         assert said == "moderato: --columns body must be OURS=THEIRS, for example --columns comment_text=body"
 
+    def test_a_dataset_that_cannot_be_trained_on(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.csv"
+        path.write_text("comment_text,toxic\nfine,0\n0,you fool\n", encoding="utf-8")
+        said = complaint("dataset", "--train", str(path))
+        assert "rows.csv, row 3, column toxic: a value of 8 characters is not 0, 1" in said
+        assert "fool" not in said
+
     def test_two_starts_of_a_training(self) -> None:
         said = complaint("train", "--name", "x", "--from", "starter-1", "--encoder", "distilbert-base-uncased")
         assert said == "moderato: --encoder and --from exclude each other: a training has one start"
@@ -165,6 +174,34 @@ def test_every_setting_of_the_trainer_is_an_option_with_its_default_and_the_reas
         [line] = re.findall(rf"│ --{name.replace('_', '-')}[ ,].*", done.stdout)
         assert f"{explanation.reason} [default: {explanation.default}]" in line
         assert f"─ {explanation.heading} ─" in done.stdout
+
+
+def test_a_dataset_is_described_and_none_of_its_comments_is_shown(tmp_path: Path) -> None:
+    # Given a file of which one text is held out, in another spelling
+    train, holdout, card = (tmp_path / name for name in ("rows.csv", "holdout.csv", "CARD.md"))
+    train.write_text("body,toxic\nTwo wise fools!,0\nAnother,1\nanother ,1\nthird,\n", encoding="utf-8")
+    holdout.write_text("comment_text,toxic\ntwo wise fools,0\n", encoding="utf-8")
+    named = ["--train", str(train), "--holdout", str(holdout), "--columns", "comment_text=body"]
+    # When it is checked
+    done = CliRunner().invoke(app, ["dataset", *named, "--output", str(card)])
+    # Then the card tells what became of each row, and holds none
+    assert done.exit_code == 0, done.output
+    written = card.read_text(encoding="utf-8")
+    for line in (
+        f"| {train} | 4 | ",
+        "| read | 4 |",
+        "| dropped: no label is known | 1 |",
+        "| dropped: held out too | 1 |",
+        "| merged with the same text | 1 |",
+        "| trained on | 1 |",
+        "| toxic | 1 | 0 | 0 | 0 |",
+    ):
+        assert line in written
+    assert "fools" not in written.lower()
+    assert "Only 0 validation rows" in done.stderr
+    # And a program has the same
+    done = CliRunner().invoke(app, ["dataset", *named, "--json"])
+    assert json.loads(done.stdout)["sha256"] in written
 
 
 class TestOverrides:

@@ -85,7 +85,9 @@ def test_rows_are_drawn_by_the_seed_and_corrections_are_all_kept(tmp_path: Path)
 
 def test_there_may_be_corrections_only(tmp_path: Path) -> None:
     assert assembled(tmp_path, NOTHING, dataset("a")).training.texts == ["a"] * 3
-    assert len(assembled(tmp_path, NOTHING).training) == 0
+    nothing = assembled(tmp_path, NOTHING)
+    assert len(nothing.training) == 0
+    assert "No row is left" in nothing.card["notes"][0]
 
 
 def test_the_sample_files_give_the_same_rows_in_every_process(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_labels_that_the_file_lacks_are_unknown_and_its_order_is_its_own(tmp_pat
         pytest.param(b"comment_text,toxic\nx,1\ny,1,1\n", r"cannot be read as CSV: .* line 3", id="too many fields"),
         pytest.param(b"comment_text,toxic\nwell, I,1\n", r"as CSV: Length of header", id="unquoted comma"),
         pytest.param(b'comment_text,toxic\n"x,1\n', r"cannot be read as CSV", id="unclosed quote"),
-        pytest.param(b"comment_text,toxic\n\xe4,1\n", r"cannot be read as CSV: 'utf-8'", id="Latin-1"),
+        pytest.param(
+            b"comment_text,toxic\n\xe4,1\n", r"cannot be read as CSV: line 2 is not UTF-8 at its byte 1", id="Latin-1"
+        ),
         pytest.param(b"", r"cannot be read as CSV", id="empty"),
     ],
 )
@@ -87,8 +89,9 @@ def test_columns_may_have_other_names_and_labels_be_shares_of_annotators(tmp_pat
     assert read.texts == ["x", "y"]
     np.testing.assert_array_equal(read.labels[:, [0, 4]], [[1, 0], [0, UNKNOWN]])
     assert read_csv(path, columns={"comment_text": "body", "toxic": "target"}, positive_from=0.2).labels[1, 0] == 1
-    with pytest.raises(DatasetError, match=r"no column 'traget', which is to be toxic; did you mean 'target'\?"):
-        read_csv(path, columns={"comment_text": "body", "toxic": "traget"})
+    for wrong in ({"toxic": "traget"}, {"toxic": "traget", "insult": "insult"}):
+        with pytest.raises(DatasetError, match=r"no column 'traget', which is to be toxic; did you mean 'target'\?"):
+            read_csv(path, columns={"comment_text": "body"} | wrong)
 
 
 def test_a_file_with_our_names_may_stand_among_others(tmp_path: Path) -> None:
