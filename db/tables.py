@@ -235,7 +235,7 @@ class TrainingRun(Base):
     """Last sign of life of the training process."""
     finished_at: Mapped[datetime | None]
     phase: Mapped[str | None] = mapped_column(String(32))
-    """What it is doing, in a word: `data`, `training`, `exporting`, `evaluating` or `judging`."""
+    """What it is doing, in a word: `data`, `training`, `calibrating`, `exporting`, `evaluating` or `judging`."""
     step: Mapped[int | None]
     total_steps: Mapped[int | None]
     loss: Mapped[float | None]

@@ -1,12 +1,13 @@
-"""From data to a written version: fine-tune, export, measure, write. Knows neither queue nor database."""
+"""From data to a written version: fine-tune, calibrate, export, prove, measure. Knows neither queue nor database."""
 
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,10 +30,13 @@ from model.version import (
 )
 from model.weights import Precision, load_weights, save_weights
 from trainer.assembly import TrainingData
+from trainer.calibration import advised_thresholds, fit_calibration, to_logits
 from trainer.curve import draw_curve
 from trainer.dataset import Dataset
-from trainer.evaluation import Evaluation, measure
+from trainer.evaluation import Evaluation, evaluate
 from trainer.export import export_int8
+from trainer.report import write_report
+from trainer.soundness import check_batching, check_int8, compare_int8
 from trainer.training import Progress, Report, fine_tune, process_rank
 
 CURVE_FILE = "training.png"
@@ -97,8 +101,9 @@ def train_version(
     precision: Precision = "fp16",
     resume: bool = False,
 ) -> WrittenVersion | None:
-    """Fine-tune, and write the result with its int8 form, its figures and its probe scores to `directory`.
+    """Fine-tune, and write the result with its int8 form, its figures, its report and its probe scores to `directory`.
 
+    The validation rows choose: the weights to keep, the calibration, the thresholds to advise. The held-out rows judge.
     Everything is measured on the weights as stored and in the form as shipped, not on what was in memory.
 
     Args:
@@ -110,9 +115,9 @@ def train_version(
     Raises:
         TrainingFailed: the loss stopped being a number, or a setting does not fit this machine or these rows.
         CheckpointError: `work_dir` holds checkpoints of another run, or of this one and `resume` was not said.
-        VersionError: `directory` exists, or what was written does not load.
+        VersionError: `directory` exists; the int8 form is worse than its weights, or a text's score depends on its
+            neighbours; or what was written does not load.
     """
-    text_encoder = TextEncoder(start.text_directory, start.max_length)
     # Training may read less of each text than the version will in service: the time of a step grows with it.
     training_encoder = TextEncoder(start.text_directory, min(start.max_length, settings.max_length))
     network = start.network
@@ -130,66 +135,108 @@ def train_version(
     if process_rank() > 0:
         return None
     network.to("cpu")
+    facts: dict[str, Any] = {
+        "version": version,
+        "parent": start.parent,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "max_length": start.max_length,
+        "weights": precision,
+        "probes": [],
+        "dataset": data.card,
+        "settings": json.loads(settings.model_dump_json()),
+        "metrics": {},
+        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
+    }
 
     with writing_version(directory) as written:
-        report(Progress("exporting"))
-        for file in (TOKENIZER_FILE, WORDS_FILE):
-            if (start.text_directory / file).is_file():
-                shutil.copyfile(start.text_directory / file, written / file)
-        encoder_config = network.encoder.config.to_diff_dict() | {"model_type": network.encoder.config.model_type}
-        (written / ENCODER_FILE).write_text(json.dumps(encoder_config, indent=2, sort_keys=True), encoding="utf-8")
-        save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
-        network.load_state_dict(load_weights(written / WEIGHTS_FILE))
-        export_int8(network, _calibration(text_encoder, data.training, settings), written / ONNX_FILE)
+        report(Progress("calibrating"))
+        _write_encoder(start, written)
+        _store(network, written, precision)
+        facts |= _fit(network, written, facts, data.validation, settings)
+        _store(network, written, precision)
 
-        draw_curve(trained.history, written / CURVE_FILE)
+        report(Progress("exporting"))
+        text_encoder = TextEncoder(written, start.max_length)
+        export_int8(network, _quantisation_texts(text_encoder, data.training, settings), written / ONNX_FILE)
 
         report(Progress("evaluating"))
-        facts: dict[str, Any] = {
-            "version": version,
-            "parent": start.parent,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "max_length": start.max_length,
-            "weights": precision,
-            "probes": [],
-            "dataset": data.card,
-            "settings": json.loads(settings.model_dump_json()),
-            "metrics": {},
-            "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
+        as_stored, as_shipped = _scorer(written, facts, "torch"), _scorer(written, facts, "onnx")
+        evaluation = evaluate(as_shipped, holdout, robustness_rows=settings.robustness_rows)
+        int8 = compare_int8(as_stored.score_texts(holdout.texts), evaluation.scores, holdout.labels)
+        check_int8(int8, holdout.labels, settings)
+        for scorer in (as_stored, as_shipped):
+            check_batching(scorer.engine, text_encoder.encode(holdout.texts))
+        facts |= {
+            "probes": _probes(as_stored, as_shipped),
+            "metrics": {
+                "training_loss": trained.loss,
+                "best_step": trained.best_step,
+                "stopped_early": trained.stopped_early,
+                "history": trained.history,
+                "holdout_int8": evaluation.as_dict(),
+                "int8": int8,
+            },
         }
-        unproven = write_manifest(written, facts)
-        threads = torch.get_num_threads()
-        torch_scores, onnx_scores = (
-            Scorer(unproven, text_encoder, engine, batching=default_batching(engine)).score_texts(
-                [*holdout.texts, *PROBE_TEXTS]
-            )
-            for engine in (TorchEngine(written, "cpu", threads), OnnxEngine(written, threads))
-        )
-        probes = [
-            {"text": text, "torch_scores": _floats(torch_row), "onnx_scores": _floats(onnx_row)}
-            for text, torch_row, onnx_row in zip(
-                PROBE_TEXTS, torch_scores[len(holdout) :], onnx_scores[len(holdout) :], strict=True
-            )
-        ]
-        shipped = measure(onnx_scores[: len(holdout)], holdout)
-        reference = measure(torch_scores[: len(holdout)], holdout)
-        metrics = {
-            "training_loss": trained.loss,
-            "best_step": trained.best_step,
-            "stopped_early": trained.stopped_early,
-            "history": trained.history,
-            "holdout_int8": shipped.as_dict(),
-            "holdout_fp32": reference.as_dict(),
-            "int8_largest_difference": float(np.abs(onnx_scores - torch_scores).max()),
-        }
-        manifest = write_manifest(written, {**facts, "probes": probes, "metrics": metrics})
+        draw_curve(trained.history, written / CURVE_FILE)
+        write_report(written, facts, scores=evaluation.scores, truth=evaluation.truth)
+        manifest = write_manifest(written, facts)
         load_scorer(written, device="cpu", engine="onnx")  # as a worker will: verified, probes scored
-    return WrittenVersion(manifest, directory, shipped)
+    return WrittenVersion(manifest, directory, evaluation)
 
 
-def _calibration(text_encoder: TextEncoder, training: Dataset, settings: TrainerSettings) -> list[list[int]]:
+def _write_encoder(start: StartingPoint, written: Path) -> None:
+    """What the version shares with the one it starts from: how texts become tokens, and the encoder's shape."""
+    for file in (TOKENIZER_FILE, WORDS_FILE):
+        if (start.text_directory / file).is_file():
+            shutil.copyfile(start.text_directory / file, written / file)
+    config = start.network.encoder.config
+    shape = json.dumps(config.to_diff_dict() | {"model_type": config.model_type}, indent=2, sort_keys=True)
+    (written / ENCODER_FILE).write_text(shape, encoding="utf-8")
+
+
+def _store(network: ToxicityNetwork, written: Path, precision: Precision) -> None:
+    """Write the weights, and go on with them as they were rounded."""
+    save_weights(written / WEIGHTS_FILE, network.state_dict(), precision)
+    network.load_state_dict(load_weights(written / WEIGHTS_FILE))
+
+
+def _fit(
+    network: ToxicityNetwork, written: Path, facts: Mapping[str, Any], validation: Dataset, settings: TrainerSettings
+) -> dict[str, Any]:
+    """What the manifest says of calibration and thresholds; the calibration is folded into the network's heads."""
+    if not len(validation):
+        return {}
+    logits = to_logits(_scorer(written, facts, "torch").score_texts(validation.texts))
+    fitted = {}
+    if settings.calibration == "temperature":
+        calibration = fit_calibration(logits, validation.labels)
+        calibration.fold_into(network)
+        logits = calibration.apply(logits)
+        fitted["calibration"] = calibration.as_dict()
+    scores = 1 / (1 + np.exp(-logits))
+    return fitted | {"thresholds": advised_thresholds(scores, validation.labels, settings.target_precision)}
+
+
+def _scorer(written: Path, facts: Mapping[str, Any], form: Literal["torch", "onnx"]) -> Scorer:
+    """Scores with what has been written so far."""
+    manifest = write_manifest(written, facts)
+    threads = torch.get_num_threads()
+    engine = TorchEngine(written, "cpu", threads) if form == "torch" else OnnxEngine(written, threads)
+    return Scorer(manifest, TextEncoder(written, manifest.max_length), engine, batching=default_batching(engine))
+
+
+def _quantisation_texts(text_encoder: TextEncoder, training: Dataset, settings: TrainerSettings) -> list[list[int]]:
+    """Tokens of the texts on which the int8 form's activation scales are fixed."""
     drawn = np.random.default_rng(settings.seed).permutation(len(training))[: settings.calibration_texts]
     return text_encoder.encode_beginnings([training.texts[int(index)] for index in drawn])
+
+
+def _probes(as_stored: Scorer, as_shipped: Scorer) -> list[dict[str, Any]]:
+    scored = zip(PROBE_TEXTS, as_stored.score_texts(PROBE_TEXTS), as_shipped.score_texts(PROBE_TEXTS), strict=True)
+    return [
+        {"text": text, "torch_scores": _floats(torch_row), "onnx_scores": _floats(onnx_row)}
+        for text, torch_row, onnx_row in scored
+    ]
 
 
 def _floats(row: np.ndarray) -> list[float]:

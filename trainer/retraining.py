@@ -117,7 +117,7 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
         )
     assert candidate is not None  # this is no torchrun
     report(Progress("judging"))
-    active_evaluation = evaluate(parent, holdout)
+    active_evaluation = evaluate(parent, holdout, robustness_rows=chosen.robustness_rows)
     judgement = judge(candidate.evaluation, active_evaluation, chosen)
 
     now = datetime.now(UTC)

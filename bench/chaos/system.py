@@ -49,6 +49,9 @@ QUICK_TRAINING = {
     "EPOCHS": "1",
     "CALIBRATION_TEXTS": "16",
     # Whatever comes of it is promoted, so that versions change.
+    "REPORT_TO": "[]",
+    "ROBUSTNESS_ROWS": "24",
+    "MAX_INT8_AUC_DROP": "1",
     "MAX_LABEL_AUC_DROP": "1",
     "MAX_MEAN_AUC_DROP": "1",
     "MAX_LABEL_LOG_LOSS_RISE": "9",

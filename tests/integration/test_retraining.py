@@ -48,6 +48,9 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
         "BATCH_SIZE": 16,
         "LEARNING_RATE": 1e-4,
         "CALIBRATION_TEXTS": 16,
+        "REPORT_TO": "[]",
+        "ROBUSTNESS_ROWS": 24,
+        "MAX_INT8_AUC_DROP": 1,
     }
     environment = {
         "MODERATO_DATABASE_URL": database_url,
