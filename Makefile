@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench chaos bench-gpu bench-gpu-wheels lock audit clean
+.PHONY: help install demo test lint bench chaos bench-gpu bench-gpu-wheels bench-training lock audit clean
 
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
@@ -15,6 +15,7 @@ help:
 	@echo 'make bench  half an hour on an idle machine: speed, latency, and what one could run instead (see ARGS=--help)'
 	@echo 'make chaos  ten minutes of kills, freezes, full disks and nonsense: is a comment lost or decided twice? (ARGS=--help)'
 	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
+	@echo 'make bench-training    time a training beside the settings that transformers.Trainer has by itself (ARGS=--help)'
 	@echo 'make bench-gpu-wheels  download into bench/wheels what a machine without a package registry lacks for it'
 	@echo 'make audit  look every package of requirements.lock up among the known vulnerabilities'
 	@echo 'make lock   resolve pyproject.toml into requirements.lock anew'
@@ -59,6 +60,9 @@ ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 bench-gpu:
 	$(ANY_PYTHON) -m bench.gpu $(ARGS)
+
+bench-training:
+	$(ANY_PYTHON) -m bench.training $(ARGS)
 
 bench-gpu-wheels:
 	$(ANY_PYTHON) -m bench.gpu_wheels bench/wheels $(ARGS)

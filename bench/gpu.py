@@ -29,19 +29,24 @@ def main() -> None:
     arguments.add_argument("--wheels", type=Path, default=WHEELS, help=f"by default {WHEELS}")
     arguments.add_argument("--out", type=Path, default=RESULT, help=f"the figures as JSON; by default {RESULT}")
     options = arguments.parse_args()
-    if missing := [name for name in HERE_ALREADY if importlib.util.find_spec(name) is None]:
-        raise SystemExit(f"this Python ({sys.executable}) has no {', '.join(missing)}; no wheels are kept for them")
+    check_python()
     try:
         from bench.gpu_measure import run
     except ModuleNotFoundError as error:
         if WITH_WHEELS in os.environ:
             raise
-        raise SystemExit(run_with_wheels(options.wheels.resolve(), str(error.name))) from None
+        raise SystemExit(run_with_wheels("bench.gpu", options.wheels.resolve(), str(error.name))) from None
     raise SystemExit(run(options.device, quick=options.quick, only=options.only, result=options.out))
 
 
-def run_with_wheels(wheels: Path, missing: str) -> int:
-    """The same command once more, with the wheels installed where only it and its children look.
+def check_python() -> None:
+    """See to it that this Python has what no wheels are kept for."""
+    if missing := [name for name in HERE_ALREADY if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"this Python ({sys.executable}) has no {', '.join(missing)}; no wheels are kept for them")
+
+
+def run_with_wheels(module: str, wheels: Path, missing: str) -> int:
+    """The same command of this module once more, with the wheels installed where only it and its children look.
 
     Returns:
         Its exit status.
@@ -59,7 +64,7 @@ def run_with_wheels(wheels: Path, missing: str) -> int:
         subprocess.run([*install, "--disable-pip-version-check", "--target", site, *files], check=True)
         paths = [site, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), WITH_WHEELS: "1"}
-        command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:]]
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

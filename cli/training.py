@@ -87,9 +87,8 @@ def train(
     directory = (output or base.versions_dir / name).absolute()
     if directory.exists():
         raise Problem(f"{directory} exists, and versions are never overwritten: take another name")
-    is_first = (
-        int(os.environ.get("RANK", "0")) == 0
-    )  # of the processes of a torchrun; the others do their share unheard
+    # Of the processes of a torchrun; the others do their share unheard.
+    is_first = int(os.environ.get("RANK", "0")) == 0
     err.quiet = not is_first
     say("loading torch and the data")
 

@@ -92,7 +92,8 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     assert run is not None
     if active is None:
         raise NothingToTrain("no version is active yet: start a worker once, or activate a version")
-    chosen = trainer_settings(settings, run.overrides)
+    # No checkpoints: a run whose process dies has failed, and nobody goes on with it.
+    chosen = trainer_settings(settings, run.overrides | {"checkpoint_steps": 0})
     parent_directory = version_directory(active.version, settings.versions_dir)
     # Verified by loading it as a worker would; also what the candidate is compared with.
     parent = load_scorer(parent_directory, device="cpu", expected_version=active.version)

@@ -252,7 +252,7 @@ def _arguments(
         # Batches of like lengths: the same saving of padding as in service.
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
-        **_mixed_precision(settings.precision, on_cuda=on_cuda),
+        **mixed_precision(settings.precision),
         use_cpu=not on_cuda,
         ddp_backend="gloo" if processes > 1 and not on_cuda else None,
         eval_strategy="steps" if len(validation) else "no",
@@ -282,7 +282,13 @@ def _arguments(
     return arguments
 
 
-def _mixed_precision(precision: str, *, on_cuda: bool) -> dict[str, bool]:
+def mixed_precision(precision: str) -> dict[str, bool]:
+    """Which of bf16 and fp16 the forward and backward pass of a training on this machine use; neither is fp32.
+
+    Raises:
+        TrainingFailed: this machine has not what is asked for.
+    """
+    on_cuda = torch.cuda.is_available()
     if precision == "fp16" and not on_cuda:
         raise TrainingFailed("precision fp16 needs CUDA, and this machine trains on its CPU: take auto, bf16 or fp32")
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_multiplies_bf16()
