@@ -215,8 +215,9 @@ def _show_progress(
 ) -> None:
     note = phase
     if phase == "training" and step is not None:
+        # What is told first is seen in a narrow terminal too.
         note += f", step {step} of {total}"
+        note += "" if seconds_left is None else f", {timedelta(seconds=round(seconds_left))} left"
         note += "" if loss is None else f", loss {loss:.4f}"
         note += "" if validation_auc is None else f", validation ROC-AUC {validation_auc:.4f}"
-        note += "" if seconds_left is None else f", {timedelta(seconds=round(seconds_left))} left"
     update(step or 0, total, note)
