@@ -64,6 +64,8 @@ def synonym_copies(dataset: Dataset, share: float, rng: np.random.Generator) -> 
     Args:
         share: how many, as a share of the rows that have a word to replace.
     """
+    if not share:
+        return dataset.take([])  # counting the words of many rows takes seconds
     synonyms = neutral_synonyms(dataset)
     usable = [
         row for row, text in enumerate(dataset.texts) if any(word in synonyms for word in WORD.findall(text.lower()))
