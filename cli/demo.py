@@ -27,7 +27,14 @@ from db.queries import Result, RunRow
 SAMPLES = ROOT / "samples" / "comments.csv"
 DECIDE_TIMEOUT_S = 600
 CORRECTIONS = 8
-RETRAIN = {"max_rows": 300, "max_holdout_rows": 300, "max_length": 128, "epochs": 1, "learning_rate": 1e-5}
+RETRAIN = {
+    "max_rows": 300,
+    "max_holdout_rows": 300,
+    "robustness_rows": 50,
+    "max_length": 128,
+    "epochs": 1,
+    "learning_rate": 1e-5,
+}
 """Small enough for a minute on two cores."""
 LAST_PHASE = "judging"
 """Of a retrain: the new version is near, so the stream begins."""
