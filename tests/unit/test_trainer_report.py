@@ -51,6 +51,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
+        self.drawn = ""
         self.feed(html)
         self.close()
         assert not self.open
@@ -74,6 +75,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
+            self.drawn += data * ("svg" in self.open)
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -98,13 +100,15 @@ def complete(facts: dict[str, Any]) -> dict[str, Any]:
         "identities": {"women": group, MARKUP: group | {"bpsn_auc": 0.66}},
         "robustness": {"rows": 40, "plain": dict.fromkeys([*LABELS, "mean"], 0.8125), "leetspeak": evaded},
     }
+    both = {"torch": 0.9, "int8": 0.8875}
+    int8 = {"rows": 40, "largest_difference": 0.0317, "roc_auc": dict.fromkeys([*LABELS, "mean"], both)}
     history = [
         {"step": step, "epoch": step / 10, "loss": 1 / step, "validation_loss": 0.5 if step % 2 else None}
         for step in range(1, 9)
     ]
     advice = {"threshold": 0.42, "precision": 0.7, "recall": 0.6, "f1": 0.65, "positives": 30}
     return facts | {
-        "metrics": facts["metrics"] | {"holdout_int8": shipped, "history": history},
+        "metrics": facts["metrics"] | {"holdout_int8": shipped, "int8": int8, "history": history},
         "thresholds": {label: {"best_f1": advice, "target_precision": None} for label in LABELS},
         "dataset": facts["dataset"] | {"sources": [{"file": MARKUP, "rows": 12}, {"file": "b.csv", "rows": 1}]},
     }
@@ -158,6 +162,7 @@ def test_a_page_tells_the_figures_of_the_manifest(facts: dict[str, Any], tiny_ve
         assert f"{label}: ECE {measured['ece']:.3f}" in text
     assert f"leetspeak 0.750 {0.8125 - 0.75:.3f}" in text
     assert "women 30 9 0.900 0.710" in text
+    assert "threat 0.8875 0.9000 -0.0125" in text and "one comment is 0.032" in text
     assert shipped["dataset_sha256"] in text
     assert all(setting in text for setting in facts["settings"])
     assert all(f"{name} {version}" in text for name, version in facts["libraries"].items())
@@ -190,7 +195,7 @@ def test_markup_in_names_notes_and_comments_is_shown_as_text(facts: dict[str, An
     hostile = facts | {
         "version": MARKUP,
         "parent": MARKUP,
-        "settings": facts["settings"] | {"report_to": [MARKUP], "train_files": [MARKUP]},
+        "settings": facts["settings"] | {"report_to": [MARKUP, "x\n```\n# No heading"], "train_files": [MARKUP]},
         "libraries": {MARKUP: MARKUP},
     }
     measured = Measured(
@@ -210,11 +215,14 @@ def test_markup_in_names_notes_and_comments_is_shown_as_text(facts: dict[str, An
     page = Page(html)
     assert not page.all("script")
     assert page.text.count(MARKUP) >= 9
+    assert MARKUP.replace("_", " ") in page.drawn
     assert "\x00" not in html and "\u202e" not in html
     assert "x" * 500 in html and "x" * 700 not in html
     # And the card's tables keep their columns, its code blocks and front matter their ends
     body = card.split("---\n", 2)[2]
-    assert "<script>" not in re.sub(r"(?ms)^(`{3,}).*?^\1$", "", body).replace("\\<script\\>", "")
+    outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^ {0,3}\1`*$", "", body)
+    assert "<script>" not in outside.replace("\\<script\\>", "")
+    assert "No heading" in body and "No heading" not in outside
     for block in re.findall(r"(?:^\|.*\n)+", body, flags=re.MULTILINE):
         assert len({len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["name"] == MARKUP
