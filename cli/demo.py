@@ -30,7 +30,7 @@ CORRECTIONS = 8
 RETRAIN = {
     "max_rows": 300,
     "max_holdout_rows": 300,
-    "robustness_rows": 50,
+    "robustness_rows": 100,
     "max_length": 128,
     "epochs": 1,
     "learning_rate": 1e-5,

@@ -151,7 +151,7 @@ def train_version(
     with writing_version(directory) as written:
         report(Progress("calibrating"))
         _write_encoder(start, written)
-        _store(network, written, precision)
+        _store(network, written, precision)  # before and after the fit, which is to the weights as they are stored
         facts |= _fit(network, written, facts, data.validation, settings)
         _store(network, written, precision)
 
@@ -164,8 +164,9 @@ def train_version(
         evaluation = evaluate(as_shipped, holdout, robustness_rows=settings.robustness_rows)
         int8 = compare_int8(as_stored.score_texts(holdout.texts), evaluation.scores, holdout.labels)
         check_int8(int8, holdout.labels, settings)
+        windows = text_encoder.encode(holdout.texts)
         for scorer in (as_stored, as_shipped):
-            check_batching(scorer.engine, text_encoder.encode(holdout.texts))
+            check_batching(scorer.engine, windows)
         facts |= {
             "probes": _probes(as_stored, as_shipped),
             "metrics": {
