@@ -44,6 +44,22 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 LOSS_POINTS = 200
 """Looks at the loss in the course of a training; each waits for the device."""
 TENSORBOARD = "tensorboard"
+AFTER_THE_TRAINING = {
+    "checkpoint_steps",
+    "report_to",
+    "calibration",
+    "target_precision",
+    "calibration_texts",
+    "max_int8_auc_drop",
+    "max_label_auc_drop",
+    "max_mean_auc_drop",
+    "max_label_log_loss_rise",
+    "min_label_positives",
+    "max_evasion_auc_drop",
+    "max_bias_auc_drop",
+    "robustness_rows",
+}
+"""Settings that the trained weights do not depend on: a resume may change them, as when the int8 form was too bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +132,7 @@ def fine_tune(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = checkpoints.begin(
         work_dir,
-        settings.model_dump(mode="json")
+        settings.model_dump(mode="json", exclude=AFTER_THE_TRAINING)
         | {
             "training rows": training.sha256,
             "validation rows": validation.sha256,
@@ -174,7 +190,10 @@ def fine_tune(
             network.encoder.activation_checkpointing_disable()
         # Mixed precision wrapped the forward pass; the export and the measuring that follow are in fp32.
         trainer.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-        trainer.accelerator.end_training()
+        # All have loaded the best weights before the first process removes the checkpoints. The process group is left
+        # to the end of the process: to destroy it, torch waits for gloo threads while it holds the interpreter's lock,
+        # for which the thread that frees the last exchanged tensor may be waiting.
+        trainer.accelerator.wait_for_everyone()
         state = trainer.state
     network.eval()
     history = _history(state.log_history)

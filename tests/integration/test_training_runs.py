@@ -49,6 +49,7 @@ def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         "report_to": [],
         "calibration_texts": 8,
         "robustness_rows": 8,
+        "max_int8_auc_drop": 1.0,  # the orders of a network that has hardly learnt anything say little
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return ["--config", str(folder / "recipe.yaml"), "--weights", "fp32"]
@@ -74,7 +75,12 @@ def start(versions_dir: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """What a process that ends well has said, on stdout and stderr."""
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=480)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes too
+        process.communicate()
+        raise
     assert process.returncode == 0, err
     return out, err
 

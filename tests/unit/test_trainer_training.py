@@ -417,6 +417,9 @@ class TestResuming:
         ):
             with pytest.raises(CheckpointError, match=f"begun by something else, so it cannot be gone on with: {said}"):
                 train(begun, rows, resume=True, **{**self.HOW, **how})
+        # But what comes after the training may be another
+        with pytest.raises(InterruptedError):
+            train(copy.deepcopy(network), data, killed_at(4), resume=True, **self.HOW, calibration_texts=99)
         # And a folder whose record is lost is not guessed at
         (tmp_path / "checkpoints" / "run.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"run.json cannot be read"):
