@@ -47,7 +47,7 @@ def compare(
 
     Example: moderato models compare starter-1 v20261122-160501-1f2e3d4c -n 500
     """
-    from model.version import verify
+    from model.version import held_out_figures, verify
 
     directories = [find_version(name) for name in (a, b)]
     manifests = [verify(directory) for directory in directories]
@@ -55,7 +55,7 @@ def compare(
     if limit and not comments:
         say("no comment's text is stored there: the figures only are compared")
     scorers = [_load(directory) for directory in directories] if comments or holdout else []
-    figures = _measure(scorers, holdout) if holdout else [_held_out(manifest) for manifest in manifests]
+    figures = _measure(scorers, holdout) if holdout else [held_out_figures(manifest.metrics) for manifest in manifests]
     changes = _changes(scorers, comments, most) if comments else None
     facts = [_facts(*both) for both in zip(manifests, directories, strict=True)]
     if as_json:
@@ -94,11 +94,6 @@ def _measure(scorers: "Sequence[Scorer]", file: Path) -> list[dict[str, Any]]:
 
     rows = read_csv(file)
     return [measure(score_texts(scorer, rows.texts), rows).as_dict() for scorer in scorers]
-
-
-def _held_out(manifest: "Manifest") -> dict[str, Any]:
-    """As the version was measured when it was made, in the form that ships."""
-    return manifest.metrics.get("holdout_int8") or manifest.metrics.get("holdout_fp32") or {}
 
 
 def _facts(manifest: "Manifest", directory: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.terminal import Problem, print_json, say
-from cli.trainer_options import TrainerCommand
+from cli.trainer_options import Recipe, TrainerCommand, chosen_settings
 
 
 class DatasetCommand(TrainerCommand):
@@ -30,10 +30,7 @@ class DatasetCommand(TrainerCommand):
 
 def dataset(
     ctx: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
-    ] = None,
+    config: Recipe = None,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File to write the card to, in place of the terminal.")
     ] = None,
@@ -46,16 +43,12 @@ def dataset(
 
     Example: moderato dataset --train my.csv --holdout my-holdout.csv --output CARD.md
     """
-    from config.settings import read_recipe, settings, trainer_settings
     from trainer.assembly import assemble
     from trainer.dataset import from_corrections
     from trainer.report import render_dataset_card
     from trainer.sources import read_holdout
 
-    base = settings()
-    if config:
-        base = base.model_copy(update={"trainer": trainer_settings(base, read_recipe(config), str(config))})
-    chosen = trainer_settings(base, ctx.obj, "the options")
+    chosen = chosen_settings(ctx.obj, config)
     card = assemble(chosen, from_corrections([]), read_holdout(chosen)).card
     if as_json:
         print_json(card)

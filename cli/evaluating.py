@@ -85,6 +85,8 @@ def evaluate(
 
 def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     """A version's figures as tables; `evaluation` as `trainer.evaluation.Evaluation.as_dict` gives it."""
+    from trainer.metrics import RESAMPLES
+
     labels = evaluation["labels"]
     over_all = {"all taken together": evaluation["micro"], "mean": evaluation["macro"]}
     of_scores = Table("label", "positives", "negatives", *OF_SCORES.values())
@@ -104,9 +106,11 @@ def show_evaluation(evaluation: Mapping[str, Any]) -> None:
         of_decisions.add_row(name, "", *_cells(metrics, OF_DECISIONS))
     out.print(of_scores, of_decisions)
     for label, metrics in labels.items():
-        if metrics["roc_auc"] is not None and metrics["resamples"] < 1000:
-            skipped = 1000 - metrics["resamples"]
-            say(f"{label}: {skipped:,} of 1,000 resamples had one class only, and are left out of its intervals")
+        if metrics["roc_auc"] is not None and metrics["resamples"] < RESAMPLES:
+            skipped = RESAMPLES - metrics["resamples"]
+            say(
+                f"{label}: {skipped:,} of {RESAMPLES:,} resamples had one class only, and are left out of its intervals"
+            )
     _show_slices(evaluation["slices"])
     _show_identities(evaluation["identities"], evaluation["identity_means"])
     if evaluation["robustness"]:

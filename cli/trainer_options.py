@@ -6,13 +6,21 @@ import typing
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
 from cli.terminal import Problem
+
+if TYPE_CHECKING:
+    from config.settings import TrainerSettings
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
+]
 
 SHORT_NAMES = {"train_files": "--train", "holdout_file": "--holdout"}
 
@@ -42,6 +50,16 @@ class TrainerCommand(TyperCommand):
         values = {option.name: ctx.params.pop(option.name) for option in self._trainer_options}
         ctx.obj = _as_settings({name: value for name, value in values.items() if value not in (None, (), [])})
         return super().invoke(ctx)
+
+
+def chosen_settings(options: Mapping[str, Any], recipe: Path | None) -> "TrainerSettings":
+    """The trainer's settings as a command was given them: this host's, then the recipe's, then the options."""
+    from config.settings import read_recipe, settings, trainer_settings
+
+    base = settings()
+    if recipe:
+        base = base.model_copy(update={"trainer": trainer_settings(base, read_recipe(recipe), str(recipe))})
+    return trainer_settings(base, options, "the options")
 
 
 def _parameters(names: frozenset[str] | None) -> list[inspect.Parameter]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cli.terminal import Problem, err, print_json, progress, say, user
+from cli.trainer_options import Recipe, chosen_settings
 
 if TYPE_CHECKING:
     from api_client.client import ModerationClient
@@ -57,10 +58,7 @@ def train(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of the new version.")],
     parent: Annotated[str | None, typer.Option("--from", help="Fine-tune this version further.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
-    ] = None,
+    config: Recipe = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of a training that was killed.")
     ] = False,
@@ -78,13 +76,10 @@ def train(
     if parent and "encoder" in ctx.obj:
         raise Problem("--encoder and --from exclude each other: a training has one start")
 
-    from config.settings import read_recipe, settings, trainer_settings
+    from config.settings import settings
 
-    base = settings()
-    if config:
-        base = base.model_copy(update={"trainer": trainer_settings(base, read_recipe(config), str(config))})
-    chosen = trainer_settings(base, ctx.obj, "the options")
-    directory = (output or base.versions_dir / name).absolute()
+    chosen = chosen_settings(ctx.obj, config)
+    directory = (output or settings().versions_dir / name).absolute()
     if directory.exists():
         raise Problem(f"{directory} exists, and versions are never overwritten: take another name")
     # Of the processes of a torchrun; the others do their share unheard.

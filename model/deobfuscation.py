@@ -70,7 +70,7 @@ class Deobfuscator:
         self._unknown_cost = log((len(words) + 1) * scale)
 
     def __call__(self, text: str) -> str:
-        """The text with its disguises undone as far as they are certain; some 30 µs for an ordinary comment."""
+        """The text with its disguises undone as far as they are certain."""
         if not text.isascii():
             text = _latin(_INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
         text = _SPACED.sub(self._joined, text)
@@ -87,9 +87,9 @@ class Deobfuscator:
         # Where the wider gaps are between sentences only, the parts are longer than words are.
         if len(parts) > 1 and sum(map(len, parts)) <= LONGEST_MEAN_WORD_CHARS * len(parts):
             return " ".join(parts)
-        return " ".join(word for part in parts for run in _LETTERS.findall(part) for word in self.segmented(run))
+        return " ".join(word for part in parts for run in _LETTERS.findall(part) for word in self._segmented(run))
 
-    def segmented(self, letters: str) -> list[str]:
+    def _segmented(self, letters: str) -> list[str]:
         """Letters without spaces as the most probable words (Viterbi); anything but letters stays as it is."""
         if not letters[0].isalpha():
             return [letters]

@@ -70,6 +70,11 @@ class Manifest(BaseModel):
     libraries: dict[str, str]
 
 
+def held_out_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest's metrics those on the held-out rows, of the form that ships where it was measured; or none."""
+    return metrics.get("holdout_int8") or metrics.get("holdout_fp32") or {}
+
+
 def version_directory(version: str, versions_dir: Path) -> Path:
     """Where a version's files are; the starter is found in the repository where the directory lacks it.
 

@@ -21,7 +21,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from config.names import LABELS
 from config.settings import ROOT
 from model.text import WORDS_FILE
-from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE
+from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE, held_out_figures
 from trainer import figures as draw
 from trainer.calibration import policy_yaml
 from trainer.figures import Dot
@@ -161,8 +161,7 @@ def measured_at_training(
     truth: NDArray[np.float32] | None = None,
 ) -> Measured:
     """The figures that a version's manifest holds, of the form that ships where they are told apart."""
-    metrics = facts["metrics"]
-    shipped = metrics.get("holdout_int8") or metrics.get("holdout_fp32") or {}
+    shipped = held_out_figures(facts["metrics"])
     return Measured(figures=shipped, on="the held-out rows, when it was trained", scores=scores, truth=truth)
 
 
