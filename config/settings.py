@@ -42,6 +42,15 @@ def _from_root(path: Path) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
+def relative_to_root(value: Any) -> Any:
+    """JSON values with the paths in them as one would write them in the repository, wherever that is."""
+    if isinstance(value, str):
+        return value.removeprefix(f"{ROOT}/")
+    if isinstance(value, Mapping):
+        return {key: relative_to_root(each) for key, each in value.items()}
+    return [relative_to_root(each) for each in value] if isinstance(value, list) else value
+
+
 def embedded_directory() -> Path:
     """Private directory of the embedded Redis' socket, the same for every command run from this checkout.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from config.settings import TrainerSettings
+from config.settings import TrainerSettings, relative_to_root
 from trainer.augmentation import evasive_copies, repeats, synonym_copies
 from trainer.dataset import Dataset, concatenate, merge_duplicates, near_key, text_key
 from trainer.sources import read_sources
@@ -73,7 +73,7 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
     card = {
         "sha256": hashlib.sha256("".join(part["sha256"] for part in described.values()).encode()).hexdigest(),
         "sources": [
-            {"name": name, "rows": len(part), "sha256": part.sha256}
+            {"name": relative_to_root(name), "rows": len(part), "sha256": part.sha256}
             for name, part in zip(settings.train_files, parts, strict=True)
         ],
         **counts,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from config.settings import TrainerSettings
+from config.settings import TrainerSettings, relative_to_root
 from model.engine import Scorer, default_batching, load_scorer
 from model.network import ToxicityNetwork
 from model.onnx_engine import OnnxEngine
@@ -143,7 +143,7 @@ def train_version(
         "weights": precision,
         "probes": [],
         "dataset": data.card,
-        "settings": json.loads(settings.model_dump_json()),
+        "settings": relative_to_root(settings.model_dump(mode="json")),
         "metrics": {},
         "libraries": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
     }

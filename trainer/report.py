@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from config.names import LABELS
-from config.settings import ROOT
 from model.text import WORDS_FILE
 from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE, held_out_figures
 from trainer import figures as draw
@@ -331,7 +330,7 @@ def recipe(facts: Mapping[str, Any]) -> str | None:
         return None
     # What is fine-tuned from a version starts from no encoder.
     used = {key: value for key, value in settings.items() if key != "encoder" or not facts["parent"]}
-    return yaml.safe_dump(_from_root(used), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
 
 
 # --- What both documents tell ------------------------------------------------------------------------------------
@@ -370,8 +369,8 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "policy": policy_yaml(facts["thresholds"]) if facts.get("thresholds") else None,
         "training": metrics,
         "other": tables("Figures", {key: value for key, value in metrics.items() if key not in TOLD}),
-        "dataset": tables("Data", _from_root(facts["dataset"])),
-        "settings": tables("Settings", _from_root(facts["settings"]), name="setting", show=_as_written),
+        "dataset": tables("Data", facts["dataset"]),
+        "settings": tables("Settings", facts["settings"], name="setting", show=_as_written),
         "recipe": recipe(facts),
         "again": f"{facts['version']}-again",
         "weights": facts["weights"],
@@ -686,15 +685,6 @@ def _as_written(value: object) -> str:
 
 def _words(name: str) -> str:
     return name if name in LABELS else name.replace("_", " ")
-
-
-def _from_root(value: Any) -> Any:
-    """Paths as one would write them in the repository, wherever that was."""
-    if isinstance(value, str):
-        return value.removeprefix(f"{ROOT}/")
-    if isinstance(value, Mapping):
-        return {key: _from_root(each) for key, each in value.items()}
-    return [_from_root(each) for each in value] if isinstance(value, list) else value
 
 
 def _fenced(text: str, language: str = "") -> Markup:

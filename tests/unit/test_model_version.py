@@ -80,6 +80,9 @@ def test_a_written_version_is_whole(copy: Path) -> None:
     assert set(manifest.files) >= {WEIGHTS_FILE, ONNX_FILE, "encoder.json", "tokenizer.json", "words.txt"}
     assert tuple(manifest.labels) == LABELS
     assert manifest.parent is None
+    # And nothing tells where on this host the repository is
+    assert str(ROOT) not in (copy / MANIFEST_FILE).read_text(encoding="utf-8")
+    assert manifest.settings["holdout_file"] == "samples/holdout.csv"
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {

@@ -1,6 +1,5 @@
 """The report page and the model card: whole in themselves, true to the manifest, and safe whatever a name holds."""
 
-import json
 import math
 import re
 import shutil
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from config.names import LABELS
-from config.settings import ROOT, load_settings, read_recipe, settings, trainer_settings
+from config.settings import ROOT, load_settings, read_recipe, relative_to_root, settings, trainer_settings
 from db import queries
 from db.session import open_database, writing
 from model.version import STARTER_DIRECTORY, read_manifest
@@ -261,7 +260,7 @@ def test_the_recipe_is_every_setting_as_train_reads_them(tmp_path: Path) -> None
     base = load_settings({})
     changed = {"epochs": 3, "learning_rate": 8e-5, "report_to": ["a: b", "it's"], "columns": {"toxic": "target"}}
     chosen = trainer_settings(base, changed)
-    facts = {"parent": "starter-1", "settings": json.loads(chosen.model_dump_json())}
+    facts = {"parent": "starter-1", "settings": relative_to_root(chosen.model_dump(mode="json"))}
     # When they are read from the file that the report tells to write
     (tmp_path / "recipe.yaml").write_text(str(recipe(facts)), encoding="utf-8")
     values = read_recipe(tmp_path / "recipe.yaml")
