@@ -194,8 +194,9 @@ def _postgresql_decide() -> Select[Any]:
         .cte("updated")
     )
     is_decided = is_new | given.c.submission_id.in_(select(updated.c.submission_id))
-    decisions = select(*(values[each.name] for each in decision)).where(is_decided)
-    decided = insert(Decision).from_select(list(decision), decisions).cte("decided")
+    decided_columns = [each for each in decision if each.name in values]
+    decisions = select(*(values[each.name] for each in decided_columns)).where(is_decided)
+    decided = insert(Decision).from_select(decided_columns, decisions).cte("decided")
     return select(given.c.submission_id).where(~is_decided).add_cte(decided)
 
 
@@ -314,7 +315,8 @@ _ACTION_NOW = func.coalesce(Review.action, Decision.action)
 def _select_results() -> Select[Any]:
     columns = {field.name for field in fields(Result)}
     submission = [column for column in Submission.__table__.c if column.name in columns]
-    decision = [column for column in Decision.__table__.c if column.name not in ("submission_id", "action")]
+    # Its own `action` goes by another name.
+    decision = [column for column in Decision.__table__.c if column.name in columns - {"submission_id", "action"}]
     return (
         select(
             *submission,

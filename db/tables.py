@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     DateTime,
     Dialect,
     ForeignKey,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    UniqueConstraint,
     literal,
     text,
 )
@@ -57,6 +59,7 @@ PENDING, DECIDED, DEAD = "pending", "decided", "dead"
 
 SUBMISSION_ID_CHARS = 255
 VERSION_CHARS = 100
+ENDPOINT_CHARS = 100
 
 
 class Submission(Base):
@@ -115,6 +118,7 @@ class Decision(Base):
     __table_args__ = (
         Index("ix_decisions_decided_at", "decided_at"),
         Index("ix_decisions_action", "action", "decided_at"),
+        Index("ix_decisions_position", "position", unique=True),
     )
 
     submission_id: Mapped[str] = mapped_column(ForeignKey("submissions.submission_id"), primary_key=True)
@@ -141,6 +145,8 @@ class Decision(Base):
     compute_ms: Mapped[float]
     """Of the forward pass that scored the comment's whole batch, milliseconds."""
     decided_at: Mapped[datetime]
+    position: Mapped[int | None] = mapped_column(BigInteger)
+    """Its place in the order in which decisions are handed on; null in rows of older releases."""
 
 
 class Review(Base):
@@ -174,6 +180,21 @@ class Policy(Base):
     """sha256 of `text`."""
     text: Mapped[str] = mapped_column(Text)
     first_used_at: Mapped[datetime]
+
+
+class PolicyActivation(Base):
+    """Which policy was made the active one, when, by whom and why. Append-only; the newest row is the truth.
+
+    Where there is none each worker decides by its own policy file.
+    """
+
+    __tablename__ = "policy_activations"
+
+    policy_activation_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    policy_version: Mapped[str] = mapped_column(ForeignKey("policies.policy_version"))
+    activated_at: Mapped[datetime]
+    activated_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
+    reason: Mapped[str] = mapped_column(Text)
 
 
 class ModelVersion(Base):
@@ -347,6 +368,41 @@ class Erasure(Base):
     erased_at: Mapped[datetime]
     erased_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     reason: Mapped[str | None] = mapped_column(Text)
+
+
+class WebhookCursor(Base):
+    """How far an endpoint's deliveries have been made from the decisions."""
+
+    __tablename__ = "webhook_cursors"
+
+    endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS), primary_key=True)
+    """Its name in the settings."""
+    position: Mapped[int] = mapped_column(BigInteger)
+    """Of the last decision looked at."""
+    updated_at: Mapped[datetime]
+
+
+class WebhookDelivery(Base):
+    """One decision to be posted to one endpoint: the outbox."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        UniqueConstraint("endpoint", "submission_id"),
+        Index("ix_webhook_deliveries_due", "state", "next_attempt_at"),
+    )
+
+    delivery_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS))
+    submission_id: Mapped[str] = mapped_column(ForeignKey("decisions.submission_id"))
+    state: Mapped[str] = mapped_column(String(16))
+    """`pending`, `delivered`, or `dead`: given up after the last attempt."""
+    attempts: Mapped[int]
+    next_attempt_at: Mapped[datetime | None]
+    """Of a pending one."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """Why the last attempt failed."""
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
 
 
 CURRENT_ACTIONS = """
