@@ -9,6 +9,7 @@ from cli import (
     dataset,
     dead_letters,
     evaluating,
+    health,
     offline,
     privacy,
     producing,
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command()(system.demo)
 app.command()(system.up)
 app.command()(status.status)
+app.command()(health.health)
 app.command()(producing.submit)
 app.command()(producing.results)
 app.add_typer(reviewing.app, name="review")

@@ -116,6 +116,14 @@ class ClientSettings(Section):
     community_max_comments_per_minute: dict[str, Annotated[int, Field(ge=0)]]
 
 
+class MetricsSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    host: str = Field(min_length=1)
+    worker_port: int = Field(ge=0, le=65_535)
+    trainer_port: int = Field(ge=0, le=65_535)
+
+
 class PrivacySettings(Section):
     """See config/default.yaml for each setting's unit and reason."""
 
@@ -202,6 +210,8 @@ class Settings(Section):
     database_url: DatabaseUrl
     versions_dir: RootedPath
     policy_file: RootedPath
+    log_format: Literal["text", "json"]
+    metrics: MetricsSettings
     client: ClientSettings
     worker: WorkerSettings
     trial: TrialSettings

@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery
 from celery.worker.consumer import Consumer as CeleryConsumer
 
+from config.logs import follow_celery
 from config.names import RETRAIN_QUEUE, TRAINER_CONTROL_EXCHANGE, TRAINER_UNACKED_KEY
 from config.settings import SettingsError, settings
 
@@ -16,6 +17,8 @@ try:
     _settings = settings()
 except SettingsError as error:
     raise SystemExit(f"moderato: {error}") from None
+
+follow_celery(_settings.log_format)
 
 RECONNECT_PAUSE_S = 1.0
 

@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import worker_ready
 
+from config.logs import follow_celery
 from config.names import MODERATE_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import SettingsError, settings
 from worker import transport
@@ -21,6 +22,7 @@ except SettingsError as error:
     raise SystemExit(f"moderato: {error}") from None
 
 transport.install()
+follow_celery(_settings.log_format)
 
 app = Celery("worker")
 app.conf.update(

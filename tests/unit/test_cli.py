@@ -39,6 +39,7 @@ COMMANDS = [
     ["train"],
     ["dataset"],
     ["report"],
+    ["health"],
     ["db", "upgrade"],
     ["db", "downgrade"],
 ]
