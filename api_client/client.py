@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -23,7 +23,7 @@ from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
 from pydantic import ValidationError
 from redis.exceptions import RedisError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 from sqlalchemy.exc import DBAPIError
 
 from api_client.limits import Limits, TryLater
@@ -35,6 +35,7 @@ from config.names import (
     ACTIVATION_CHANGED,
     DEFAULT_COMMUNITY,
     ENQUEUED_AT_HEADER,
+    MAX_POLICY_BYTES,
     MODERATE_QUEUE,
     MODERATE_QUEUES,
     PIPELINE_STATS,
@@ -48,7 +49,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, privacy, queries, reviews, trials
+from db import dead_letters, policies, privacy, queries, reviews, trials
 from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -210,6 +211,8 @@ class Status(Activity):
     last_run: queries.RunRow | None = None
     trial: trials.TrialRow | None = None
     """That runs now."""
+    policy: policies.PolicyActivationRow | None = None
+    """The active one; None where each worker decides by its own policy file."""
 
 
 class ModerationClient:
@@ -623,7 +626,7 @@ class ModerationClient:
         """
         with self._reading() as connection:
             decisions = list(reviews.unreviewed_decisions(connection, community=community, among=among))
-            return decisions, reviews.policy_texts(connection, {each.policy_version for each in decisions})
+            return decisions, policies.texts(connection, {each.policy_version for each in decisions})
 
     # --- Erasing -------------------------------------------------------------------------------------------------
 
@@ -768,6 +771,78 @@ class ModerationClient:
         self._tell_workers()
         return activation_id
 
+    # --- Policies ------------------------------------------------------------------------------------------------
+
+    def active_policy(self) -> policies.PolicyActivationRow | None:
+        """The newest activation of a policy; None where each worker decides by its own policy file."""
+        with self._reading() as connection:
+            return policies.active(connection)
+
+    def policy_activations(self, *, limit: int = 10) -> list[policies.PolicyActivationRow]:
+        """The newest activations of policies, newest first."""
+        with self._reading() as connection:
+            return policies.activations(connection, limit)
+
+    def policy(self, prefix: str) -> tuple[str, str]:
+        """Version and text of the one stored policy whose hash begins so.
+
+        Raises:
+            NoSuchPolicy: there is none, or more than one.
+        """
+        with self._reading() as connection:
+            return policies.find(connection, prefix)
+
+    def activate_policy(self, text: str, *, by: str, reason: str) -> int:
+        """Store a policy and make it the active one; workers decide by it within seconds.
+
+        What the text means is not looked at here: `moderato policy activate` does, and so does each worker, which goes
+        on by the policy that it has where it cannot read this one.
+
+        Returns:
+            The activation's id.
+
+        Raises:
+            ValueError: the text is longer than a policy may be.
+        """
+        if (size := len(text.encode())) > MAX_POLICY_BYTES:
+            raise ValueError(f"the policy has {size:,} bytes; at most {MAX_POLICY_BYTES:,} are allowed")
+        with self._writing() as connection:
+            activation_id = policies.activate(connection, text, by=by, reason=reason, now=datetime.now(UTC))
+        self._tell_workers()
+        return activation_id
+
+    def rollback_policy(self, *, by: str, reason: str | None = None) -> int:
+        """Make the policy that was active before the active one again; the activation's id is returned.
+
+        Raises:
+            NothingToRollBack: there was none.
+        """
+        with self._writing() as connection:
+            before = policies.previous(connection)
+            if before is None:
+                raise NothingToRollBack("no other policy was active before; `moderato policy activate FILE` sets one")
+            text = policies.texts(connection, [before.policy_version])[before.policy_version]
+            activation_id = policies.activate(
+                connection, text, by=by, reason=reason or "rollback", now=datetime.now(UTC)
+            )
+        self._tell_workers()
+        return activation_id
+
+    def known_communities(self, names: Collection[str]) -> set[str]:
+        """Those of these communities that ever submitted a comment."""
+        with self._reading() as connection:
+            return policies.known_communities(connection, names)
+
+    def count_scored(self, *, since: datetime | None = None, community: str | None = None) -> int:
+        """How many rows `scored` gives."""
+        with self._reading() as connection:
+            return policies.count_scored(connection, since=since, community=community)
+
+    def scored(self, *, since: datetime | None = None, community: str | None = None) -> Iterator[Sequence[Row[Any]]]:
+        """Stream the stored scores that a policy can be tried on, in chunks; see `db.policies.scored`."""
+        with self._reading() as connection:
+            yield from policies.scored(connection, since=since, community=community)
+
     # --- Trials --------------------------------------------------------------------------------------------------
 
     def start_trial(
@@ -895,6 +970,7 @@ class ModerationClient:
                 status.loads = queries.loads(connection, status.active.activation_id) if status.active else []
                 status.totals = queries.totals(connection)
                 status.trial = trials.live_trial(connection)
+                status.policy = policies.active(connection)
                 status.last_run = next(iter(queries.runs(connection, limit=1)), None)
         except DatabaseProblem as problem:
             status.problems.append(str(problem))

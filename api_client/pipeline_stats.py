@@ -1,7 +1,7 @@
 """What a worker says of its pipeline, and what two such snapshots say of the time between them. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 BOTTLENECK_UTILISATION = 0.5
@@ -34,12 +34,17 @@ class PipelineStats:
     """By stage; that of `score` is the sum over all lanes."""
     waiting: Mapping[str, int]
     """Comments before each stage, or in it."""
+    policy_version: str | None = None
+    """The policy that decides there; None where a worker of an older release does not say."""
+    policy_refusal: str | None = None
+    """Why it does not decide by the active policy; None where it does, or there is none."""
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any]) -> Self | None:
         """None where a worker of another release answered something else."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: reply[name] for name in names}) if reply.keys() >= set(names) else None
+        known = {field.name: reply[field.name] for field in fields(cls) if field.name in reply}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        return cls(**known) if known.keys() >= needed else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from api_client.embedded import EmbeddedRedis
 from api_client.publishing import new_task_id
 from config.names import LABELS, MODERATE_QUEUE, SUBMITTED_AT_HEADER, WORKER_UNACKED_KEY
 from config.settings import PREFIX, ROOT
-from db import queries
+from db import policies, queries
 from db.migrate import upgrade
 from db.session import open_database, reading, writing
 from db.tables import Decision
@@ -583,7 +583,7 @@ class System:
             "FROM submissions WHERE comment_id >= 'filled-' AND comment_id < 'filled.'"
         )
         with writing(self.engine) as connection:
-            queries.store_policy(connection, "bench", now=datetime.now(UTC))
+            policies.store(connection, "bench", now=datetime.now(UTC))
             connection.exec_driver_sql(submissions)
             connection.exec_driver_sql(decisions)
         if not sqlite:

@@ -38,7 +38,7 @@ key with its own timeout, and would give our messages, or we another team's, to 
 TRAINER_UNACKED_KEY = "moderato.trainer.unacked"
 
 ACTIVATION_CHANGED = "activation_changed"
-"""Remote-control command that tells a worker to look at the newest `activations` row now."""
+"""Remote-control command that tells a worker to look at once at which version and which policy are active."""
 PIPELINE_STATS = "pipeline_stats"
 """Remote-control command that a worker answers with its pipeline's counters."""
 
@@ -52,12 +52,14 @@ MAX_TEXT_BYTES = 20_480
 """Longest text in bytes of UTF-8: what the Perspective API allowed."""
 MAX_ID_CHARS = 200
 MAX_CONTEXT_BYTES = 4_096
+MAX_POLICY_BYTES = 1_048_576
+"""Longest text of a policy: some ten thousand communities."""
 
 SWEEP_LOCK = 6_877_836_933
 """PostgreSQL's advisory lock of the one worker that sweeps; any number that nobody else uses."""
 
 ACTIVATION_LOCK = 6_877_836_934
-"""The same, of the one transaction that changes which version is active or on trial."""
+"""The same, of the one transaction that changes which version is active or on trial, or which policy is active."""
 
 DEFAULT_COMMUNITY = "default"
 STARTER_VERSION = "starter-1"

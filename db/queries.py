@@ -5,7 +5,6 @@ What a function returns is a plain value that outlives the connection, but for t
 are consumed while the connection is open.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -41,7 +40,6 @@ from db.tables import (
     DeadLetter,
     Decision,
     ModelVersion,
-    Policy,
     Review,
     Submission,
     TrainingRun,
@@ -128,7 +126,7 @@ def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -
     """Write each submission not seen before, with its decision, and the decision of each that is pending.
 
     Where an id occurs twice in `rows` the first counts. Safe while other workers record the same submissions: each is
-    decided by one of them. The policies that decided must have been stored (`store_policy`).
+    decided by one of them. The policies that decided must have been stored (`db.policies.store`).
     """
     first_index: dict[str, int] = {}
     for index, row in enumerate(rows):
@@ -231,15 +229,6 @@ _SQLITE_FOUND = select(Submission.submission_id, Submission.state, Submission.te
 _SQLITE_NO_LONGER_PENDING = update(Submission).where(_IN_JSON_IDS).values(state=DECIDED)
 _SQLITE_INSERT_SUBMISSIONS = sqlite_insert(ScoredSubmission, Submission)
 _SQLITE_INSERT_DECISIONS = sqlite_insert(ScoredSubmission, Decision)
-
-
-def store_policy(connection: Connection, text: str, *, now: datetime) -> str:
-    """Keep a policy's text; its version, the sha256 of the text's UTF-8 in hex, is returned."""
-    policy_version = hashlib.sha256(text.encode()).hexdigest()
-    connection.execute(
-        insert_if_absent(connection, Policy), {"policy_version": policy_version, "text": text, "first_used_at": now}
-    )
-    return policy_version
 
 
 def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[str, Literal["decided", "dead"]]:

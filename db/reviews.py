@@ -4,7 +4,7 @@ Like `db.queries`: functions take a connection and never commit. A text is known
 submitted, it is one.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -13,8 +13,8 @@ from operator import itemgetter
 from sqlalchemy import Connection, and_, func, select
 
 from config.names import LABELS, Action
-from db.rows import chunks, streamed
-from db.tables import Decision, Policy, Review, Submission, Trial, TrialScore
+from db.rows import streamed
+from db.tables import Decision, Review, Submission, Trial, TrialScore
 
 Labels = Mapping[str, bool | None]
 """All six; None where the reviewer did not say."""
@@ -132,12 +132,3 @@ def unreviewed_decisions(connection: Connection, *, community: str | None, among
             decided_at=row["decided_at"],
             shadow=opinion,
         )
-
-
-def policy_texts(connection: Connection, versions: Collection[str]) -> dict[str, str]:
-    """The texts of these policies, by version."""
-    texts: dict[str, str] = {}
-    for some in chunks(versions):
-        kept = select(Policy.policy_version, Policy.text).where(Policy.policy_version.in_(some))
-        texts |= dict(connection.execute(kept).all())
-    return texts

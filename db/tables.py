@@ -172,7 +172,7 @@ class Review(Base):
 
 
 class Policy(Base):
-    """Every policy that ever decided, so that each decision can be explained later."""
+    """Every policy that ever decided or was activated, so that each decision can be explained later."""
 
     __tablename__ = "policies"
 
@@ -180,6 +180,7 @@ class Policy(Base):
     """sha256 of `text`."""
     text: Mapped[str] = mapped_column(Text)
     first_used_at: Mapped[datetime]
+    """When it first decided or was activated."""
 
 
 class PolicyActivation(Base):

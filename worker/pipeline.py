@@ -22,10 +22,10 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from config.names import INTERACTIVE_QUEUE, LABELS, Reason
-from db import dead_letters
+from db import dead_letters, policies
 from db.dead_letters import DeadLetterRow
 from db.outage import Outage
-from db.queries import ScoredSubmission, record_decisions, store_policy
+from db.queries import ScoredSubmission, record_decisions
 from db.session import is_outage, without_rows, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.batching import padded_tokens
@@ -524,7 +524,7 @@ class Pipeline:
 
     def _store_policy_once(self, connection: Connection) -> None:
         if not self._policy_stored:
-            store_policy(connection, self._policy.text, now=clock.now())
+            policies.store(connection, self._policy.text, now=clock.now())
 
 
 def _checked(scores: Scores, count: int) -> Scores:

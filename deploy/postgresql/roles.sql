@@ -49,7 +49,7 @@ BEGIN
     GRANT SELECT, INSERT, UPDATE ON submissions, dead_letters, trials TO moderato_worker;
     GRANT SELECT, INSERT ON decisions, policies, model_versions, activations, version_loads, trial_scores, erasures
         TO moderato_worker;
-    GRANT SELECT ON reviews TO moderato_worker;
+    GRANT SELECT ON reviews, policy_activations TO moderato_worker;
 
     GRANT SELECT, INSERT, UPDATE ON training_runs TO moderato_trainer;
     GRANT SELECT, INSERT ON model_versions, activations TO moderato_trainer;
@@ -57,7 +57,8 @@ BEGIN
     GRANT SELECT, UPDATE ON trials TO moderato_trainer;
 
     GRANT SELECT ON ALL TABLES IN SCHEMA public TO moderato_client;
-    GRANT INSERT ON submissions, reviews, training_runs, model_versions, activations, trials TO moderato_client;
+    GRANT INSERT ON submissions, reviews, training_runs, model_versions, activations, trials, policies, policy_activations
+        TO moderato_client;
     GRANT UPDATE ON training_runs, trials TO moderato_client;
 
     FOR grant_ IN

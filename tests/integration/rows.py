@@ -8,15 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from db import dead_letters
+from db import dead_letters, policies
 from db.dead_letters import DeadLetterRow
 from db.durable import PendingSubmission
-from db.queries import (
-    ScoredSubmission,
-    record_decisions,
-    register_version,
-    store_policy,
-)
+from db.queries import ScoredSubmission, record_decisions, register_version
 from db.session import open_database, writing
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -99,7 +94,7 @@ def letter(dead_letter_id: str, **changes: Any) -> DeadLetterRow:
 
 def prepare(connection: Connection, *versions: str) -> None:
     """The policy that `scored` names, and registered model versions."""
-    store_policy(connection, POLICY, now=NOON)
+    policies.store(connection, POLICY, now=NOON)
     for version in versions:
         register_version(connection, {"version": version, "parent": None}, NOON)
 

@@ -22,7 +22,7 @@ from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
 from config.names import LABELS
 from config.settings import ROOT
-from db import queries
+from db import policies, queries
 from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
@@ -182,7 +182,7 @@ class TestReading:
         policy = (ROOT / "config" / "policy.yaml").read_text(encoding="utf-8")
         engine = open_database(sqlite_url)
         with writing(engine) as connection:
-            version = queries.store_policy(connection, policy, now=minutes(0))
+            version = policies.store(connection, policy, now=minutes(0))
             queries.record_decisions(connection, [scored("close", toxic=0.48, policy_version=version)])
         engine.dispose()
         # Then those that a word tells most of come first, with the reason and the way to answer

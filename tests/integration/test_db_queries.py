@@ -28,7 +28,7 @@ from db.queries import (
 from db.rows import STREAM_ROWS
 from db.session import is_outage, open_database, reading, writing
 from db.tables import Decision, Submission
-from tests.integration.rows import NOON, POLICY, POLICY_VERSION, letter, minutes, prepare, scored
+from tests.integration.rows import NOON, letter, minutes, prepare, scored
 from tests.services import wait_until
 
 
@@ -268,14 +268,6 @@ def every_stored_value(connection: Any) -> list[tuple[Any, ...]]:
 
 def _waiting_for_a_lock(connection: Any) -> int:
     return int(connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar())
-
-
-class TestPolicies:
-    def test_a_policy_is_kept_once_under_its_hash(self, engine: Engine) -> None:
-        for _ in range(2):
-            assert tell(engine, queries.store_policy, POLICY, now=NOON) == POLICY_VERSION
-        with reading(engine) as connection:
-            assert connection.execute(text("SELECT text FROM policies")).scalars().all() == [POLICY]
 
 
 class TestDeadLetters:

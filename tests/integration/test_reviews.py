@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from config.names import LABELS, Action
-from db import queries, reviews, trials
+from db import policies, queries, reviews, trials
 from db.queries import ScoredSubmission
 from db.reviews import JudgedText, Opinion, UnreviewedDecision
 from db.session import reading, writing
@@ -89,7 +89,7 @@ def test_decisions_that_wait_for_a_word(engine: Engine) -> None:
     assert unreviewed(engine, among=5) == [new, others[0]]
     assert unreviewed(engine, community="default", among=5) == [others[0]]
     with reading(engine) as connection:
-        assert reviews.policy_texts(connection, {POLICY_VERSION, "?"}) == {POLICY_VERSION: POLICY}
+        assert policies.texts(connection, {POLICY_VERSION, "?"}) == {POLICY_VERSION: POLICY}
 
 
 def test_what_the_newest_shadow_says(engine: Engine) -> None:
