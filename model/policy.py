@@ -1,20 +1,28 @@
 """Scores and policy to one action and the rule that fired. Reading the file aside, pure."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from reprlib import repr as _shown
 from typing import Any
 
 import yaml
 
-from config.names import DEFAULT_COMMUNITY, LABELS, Action
+from config.names import DEFAULT_COMMUNITY, LABELS, MAX_POLICY_BYTES, Action
 
 STRICTNESS = {action: rank for rank, action in enumerate(Action)}
 
 Rules = dict[str, tuple[tuple[float, Action], ...]]
 """Per label: thresholds with their actions, ascending."""
+
+INHERITS = "inherits"
+"""Stands among a community's labels, before the name of the community whose rules it takes for those it leaves out."""
+MAX_VALUES = 1_000_000
+MERGE_TAG = "tag:yaml.org,2002:merge"
+LISTED_NAMES = 10
+"""Of communities, in what is said of a policy."""
 
 
 class PolicyError(Exception):
@@ -37,6 +45,11 @@ class Policy:
         self.text = text
         self.version = hashlib.sha256(text.encode()).hexdigest()
         self._communities = communities
+
+    @property
+    def communities(self) -> list[str]:
+        """Those that it names, in its order; "default" stands for all others."""
+        return list(self._communities)
 
     def rules(self, community: str) -> Rules:
         """Every label's; those of "default" where the policy does not know the community."""
@@ -65,13 +78,16 @@ class Policy:
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy in a YAML file; see config/policy.yaml for its form.
+    """The policy in a YAML file; see docs/policies.md for its form.
 
     Raises:
         PolicyError: the file cannot be read or breaks the form.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # Never all of a file that is no policy at all. One that is too long may be cut within a character.
+            read = file.read(MAX_POLICY_BYTES + 1)
+            text = read.decode(errors="strict" if len(read) <= MAX_POLICY_BYTES else "replace")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy {path} cannot be read: {error}") from None
     try:
@@ -86,21 +102,49 @@ def parse_policy(text: str) -> Policy:
     Raises:
         PolicyError: it breaks the form.
     """
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
-        raise PolicyError(f"not YAML: {error}") from None
-    communities = _mapping(document, "the file", ("communities",)).get("communities")
-    if not isinstance(communities, dict) or DEFAULT_COMMUNITY not in communities:
+    if len(text.encode()) > MAX_POLICY_BYTES:
+        raise PolicyError(f"longer than the {MAX_POLICY_BYTES:,} bytes that a policy may have")
+    stated = _mapping(_document(text), "the file", ("communities",)).get("communities")
+    if not isinstance(stated, dict) or DEFAULT_COMMUNITY not in stated:
         raise PolicyError(f"communities must be a mapping that names at least {DEFAULT_COMMUNITY!r}")
-    default = _rules(communities[DEFAULT_COMMUNITY], DEFAULT_COMMUNITY)
-    complete = {label: default.get(label, ()) for label in LABELS}
-    return Policy(text, {str(name): complete | _rules(rules, str(name)) for name, rules in communities.items()})
+    own: dict[str, Rules] = {}
+    above: dict[str, str] = {}
+    for key, value in stated.items():
+        name = str(key)
+        where = _place("communities", name)
+        labels = _mapping(value, where, (*LABELS, INHERITS))
+        own[name] = {label: _thresholds(labels[label], f"{where}.{label}") for label in LABELS if label in labels}
+        if INHERITS in labels:
+            above[name] = str(labels[INHERITS])
+    _check_above(above, own)
+    return Policy(text, _complete(own, above))
 
 
-def _rules(value: object, community: str) -> Rules:
-    labels = _mapping(value, f"communities.{community}", LABELS)
-    return {label: _thresholds(rule, f"communities.{community}.{label}") for label, rule in labels.items()}
+def _check_above(above: Mapping[str, str], names: Collection[str]) -> None:
+    for name, other in above.items():
+        where = f"{_place('communities', name)}.{INHERITS} = {_shown(other)}"
+        if name == DEFAULT_COMMUNITY:
+            raise PolicyError(f"{where}: {DEFAULT_COMMUNITY!r} inherits from no other, as all others do from it")
+        if other not in names:
+            raise PolicyError(f"{where} is no community of this policy; it names {_listed(names)}")
+
+
+def _complete(own: Mapping[str, Rules], above: Mapping[str, str]) -> dict[str, Rules]:
+    """Each community's rules for every label: its own, or those of the community above it, and so on up to default."""
+    nothing: Rules = dict.fromkeys(LABELS, ())
+    complete = {DEFAULT_COMMUNITY: nothing | own[DEFAULT_COMMUNITY]}
+    for name in own:
+        line: dict[str, None] = {}
+        while name not in complete:
+            if name in line:
+                circle = [*line][[*line].index(name) :]
+                where = _place("communities", name)
+                raise PolicyError(f"{where}.{INHERITS} goes in a circle: {_listed(circle)}, and {name} again")
+            line[name] = None
+            name = above.get(name, DEFAULT_COMMUNITY)
+        for each in reversed(line):
+            complete[each] = complete[above.get(each, DEFAULT_COMMUNITY)] | own[each]
+    return {name: complete[name] for name in own}
 
 
 def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
@@ -108,7 +152,7 @@ def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
     rules = _mapping(value, where, [action.value for action in Action if action is not Action.ALLOW])
     for action, threshold in rules.items():
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise PolicyError(f"{where}.{action} = {threshold!r} is not a threshold from 0 to 1")
+            raise PolicyError(f"{where}.{action} = {_shown(threshold)} is not a threshold from 0 to 1")
     ordered = sorted((Action(name) for name in rules), key=STRICTNESS.__getitem__)
     for milder, stricter in pairwise(ordered):
         if rules[milder] >= rules[stricter]:
@@ -120,8 +164,74 @@ def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
 
 def _mapping(value: object, where: str, allowed: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise PolicyError(f"{where} must be a mapping, not {type(value).__name__}")
+        raise PolicyError(f"{where} must be a mapping, not {type(value).__name__} {_shown(value)}")
     for key in value:
         if key not in allowed:
-            raise PolicyError(f"{where} names {key!r}; allowed here: {', '.join(allowed)}")
+            raise PolicyError(f"{where} names {_shown(key)}; allowed here: {', '.join(allowed)}")
     return value
+
+
+def _document(text: str) -> Any:
+    """What the YAML text states, by the loader in Python: the one in C recurses into deep nesting until it dies of it.
+
+    Raises:
+        PolicyError: it is no YAML, names something twice, or stands for more than it says.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        document = loader.get_single_node()
+        if document is None:
+            return None
+        if (values := _count_values(document, "", {})) > MAX_VALUES:
+            raise PolicyError(f"its aliases make {values:,} values of it; at most {MAX_VALUES:,} are allowed")
+        return loader.construct_document(document)
+    except PolicyError:
+        raise
+    except RecursionError:
+        raise PolicyError("nested more deeply than any policy") from None
+    except Exception as error:  # a ValueError for the date 2026-13-45, an IndexError for !!int '', and so on
+        raise PolicyError(f"not YAML: {error}") from None
+
+
+def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
+    """How many values a node stands for, aliases followed: a few lines can stand for billions.
+
+    Args:
+        where: its place, for what is said of it; of an alias the first one's.
+        counts: of nodes counted before, by their ids; of one that is being counted 0.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if (known := counts.get(id(node))) is not None:
+        if not known:
+            raise PolicyError(f"{where or 'the file'} holds an alias of itself")
+        return known
+    counts[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        _refuse_twins(node, where or "the file")
+        children = [(value, _place(where, str(key.value))) for key, value in node.value]
+    else:
+        children = [(value, where) for value in node.value]
+    counts[id(node)] = 1 + sum(_count_values(*child, counts) for child in children)
+    return counts[id(node)]
+
+
+def _refuse_twins(mapping: yaml.MappingNode, where: str) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in mapping.value:
+        # Several merges are taken together; of anything else the last one would silently count.
+        if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE_TAG:
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise PolicyError(f"{where} names {_shown(key.value)} twice: in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
+
+
+def _place(where: str, name: str) -> str:
+    return f"{where}.{name if name.isprintable() else _shown(name)}" if where else name
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - LISTED_NAMES
+    return ", ".join(islice(names, LISTED_NAMES)) + (f" and {more} more" if more > 0 else "")

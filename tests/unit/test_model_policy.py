@@ -1,6 +1,7 @@
 """From scores to an action: against an independent reading of the rules, and every policy that must be refused."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,28 @@ def _thresholds(draw: st.DrawFn) -> dict[str, float]:
 
 
 RULES = st.dictionaries(st.sampled_from(LABELS), _thresholds())
-POLICIES = st.fixed_dictionaries({"default": RULES}, optional={"news": RULES, "kids": RULES})
+# "kids" inherits from "news", which the file may name after it.
+POLICIES = st.fixed_dictionaries(
+    {"default": RULES},
+    optional={"kids": RULES.map(lambda rules: {"inherits": "news", **rules}), "news": RULES},
+).filter(lambda policy: "news" in policy or "kids" not in policy)
 COMMUNITIES = st.sampled_from(["default", "news", "kids", "never heard of"])
+
+
+def stated(policy: dict[str, Any], community: str, label: str) -> dict[str, float]:
+    """Whatever is said of a label first on the way up."""
+    rules = policy.get(community, policy["default"])
+    if label in rules or rules is policy["default"]:
+        return dict(rules.get(label, {}))
+    return stated(policy, rules.get("inherits", "default"), label)
 
 
 def expected(policy: dict[str, Any], community: str, scores: list[float]) -> tuple[str, set[str]]:
     """The action, and the labels that may be named for it, the slow and obvious way."""
-    default = policy["default"]
-    rules = policy.get(community, default)
     for action in reversed(MILDEST_FIRST):
         reached = {}
         for label, score in zip(LABELS, scores, strict=True):
-            thresholds = rules[label] if label in rules else default.get(label, {})
+            thresholds = stated(policy, community, label)
             if action in thresholds and score >= thresholds[action]:
                 reached[label] = score
         if reached:
@@ -60,9 +71,8 @@ def test_the_strictest_rule_decides(policy: dict[str, Any], community: str, scor
         return
     assert verdict.label in labels
     # And the threshold is that label's own for that action
-    rules = policy.get(community, policy["default"])
-    thresholds = rules[verdict.label] if verdict.label in rules else policy["default"][verdict.label]
-    assert verdict.threshold == thresholds[action]
+    assert verdict.label is not None
+    assert verdict.threshold == stated(policy, community, verdict.label)[action]
 
 
 def test_a_rule_fires_at_its_threshold() -> None:
@@ -77,6 +87,64 @@ def test_a_label_with_no_rules_of_its_own_is_not_the_same_as_a_label_left_out() 
     # Then the first is inherited and the second is not
     assert policy.decide("news", [0.9, 0, 0, 0, 0, 0]).action is Action.HIDE
     assert policy.decide("news", [0, 0, 0, 0, 0.9, 0]).action is Action.ALLOW
+
+
+def test_a_long_line_of_inheritance_is_followed_to_its_end() -> None:
+    # Given ten thousand communities, each of which inherits from the next one
+    lines = [f"  c{n}: {{inherits: c{n + 1}}}" for n in range(10_000)]
+    policy = parse_policy("\n".join(["communities:", "  default: {}", *lines, "  c10000: {toxic: {hide: 0.5}}"]))
+    # Then the first has the rules of the last
+    assert policy.decide("c0", [0.6, 0, 0, 0, 0, 0]) == Verdict(Action.HIDE, "toxic", 0.5)
+    assert policy.communities[:2] == ["default", "c0"]
+
+
+def test_aliases_and_merges_mean_what_they_did() -> None:
+    policy = parse_policy(
+        "communities:\n"
+        "  default: &usual {toxic: &mild {hide: 0.9}, insult: {hide: 0.8}}\n"
+        "  news: *usual\n"
+        "  kids: {<<: *usual, toxic: {hide: 0.5}, obscene: *mild}\n"
+        "  2026: {}\n"
+    )
+    assert policy.rules("news") == policy.rules("default") == policy.rules("2026")
+    assert policy.rules("kids")["toxic"] == ((0.5, Action.HIDE),)
+    assert policy.rules("kids")["insult"] == ((0.8, Action.HIDE),)
+    assert policy.rules("kids")["obscene"] == ((0.9, Action.HIDE),)
+
+
+def bomb(merge: str) -> str:
+    """Thirty lines, each of which takes the one before ten times."""
+    lines = [
+        f"a0: &a0 {{{merge}x: 1}}",
+        *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30)),
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(bomb(""), "its aliases make", id="merges"),
+        pytest.param(bomb("").replace("{<<: [", "[").replace("]}", "]"), "its aliases make", id="aliases"),
+        pytest.param("communities: &a {default: *a}", "communities.default holds an alias of itself", id="itself"),
+        pytest.param("[" * 100_000, "nested more deeply", id="depth"),
+        pytest.param("#" * 1_048_577, "longer than the 1,048,576 bytes", id="length"),
+        pytest.param("ä" * 524_289, "longer than the 1,048,576 bytes", id="length-in-bytes"),
+    ],
+)
+def test_a_text_that_would_take_all_memory_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        parse_policy(text)
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(PolicyError, match=rf"policy .*policy\.yaml.*{said}"):
+        read_policy(tmp_path / "policy.yaml")
+
+
+@given(st.text(st.sampled_from("communites: default\n{}[]&*<!'\"0.5-,?|#\u2028\x00"), max_size=60))
+def test_whatever_a_text_holds_it_is_a_policy_or_refused(text: str) -> None:
+    for each in (text, f"communities: {{default: {{toxic: {text}}}}}"):
+        with suppress(PolicyError):
+            parse_policy(each)
 
 
 def test_the_version_is_the_hash_of_the_file(tmp_path: Path) -> None:
@@ -109,6 +177,30 @@ def test_the_policy_that_ships_is_sound() -> None:
         pytest.param("communities: {default: {toxic: {hide: .nan}}}", ["nan"]),
         pytest.param("communities: {default: {toxic: {hide: '0.5'}}}", ["'0.5'"]),
         pytest.param("communities: {default: {toxic: {hide: null}}}", ["None"]),
+        pytest.param("communities: {default: {}, news: }", ["communities.news", "mapping", "None"]),
+        pytest.param(
+            "communities: {default: {}, news: {inherits: kid}, kids: {}}",
+            ["communities.news.inherits = 'kid'", "default, news, kids"],
+        ),
+        pytest.param(
+            "communities: {default: {inherits: news}, news: {}}", ["communities.default.inherits = 'news'", "no other"]
+        ),
+        pytest.param("communities: {default: {}, a: {inherits: a}}", ["communities.a.inherits", "circle: a, and a"]),
+        pytest.param(
+            "communities: {default: {}, a: {inherits: b}, b: {inherits: c}, c: {inherits: b}}",
+            ["communities.b.inherits", "circle: b, c, and b again"],
+        ),
+        pytest.param("communities: {default: {}, a: {inherits: [b]}}", ["communities.a.inherits", "no community"]),
+        pytest.param("communities: {default: {}, a: {Inherits: b}}", ["communities.a", "'Inherits'", "inherits"]),
+        pytest.param(
+            "communities:\n  default:\n    toxic: {}\n    toxic: {hide: 1}\n",
+            ["communities.default names 'toxic' twice: in lines 3 and 4"],
+        ),
+        pytest.param("communities: {default: {toxic: {hide: 1, hide: 1}}}", ["default.toxic names 'hide' twice"]),
+        pytest.param("communities: {default: {}, 1: {}, '1': {}}", ["communities names '1' twice"]),
+        pytest.param("communities: {default: {}}\ncommunities: {default: {}}", ["the file names 'communities' twice"]),
+        pytest.param("communities: {default: {toxic: {hide: !!int ''}}}", ["not YAML"], id="empty-int"),
+        pytest.param('communities: {default: {}, "a\\e[31m": 1}', ["'a\\x1b[31m'"], id="control-characters"),
         pytest.param("communities: {default: {toxic: 0.5}}", ["communities.default.toxic", "mapping", "float"]),
         pytest.param("communities: {default: [toxic]}", ["communities.default", "mapping", "list"]),
         pytest.param("communities: {news: {}}", ["'default'"]),
