@@ -1,5 +1,7 @@
 """One settings object: default.yaml < the user's YAML (MODERATO_CONFIG) < MODERATO_* in the environment.
 
+A variable that ends in _FILE names a file with the value instead: a secret's.
+
 Owns reading, checking and explaining settings. An unknown or wrong key stops the start: a worker that
 silently ignored a misspelt threshold would moderate by a policy nobody wrote.
 """
@@ -9,8 +11,7 @@ import hashlib
 import os
 import re
 import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PREFIX = "MODERATO_"
 CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
+SECRET_SUFFIX = "_FILE"
+"""Of a variable that names the file a setting's value stands in: MODERATO_BROKER_URL_FILE=/run/secrets/broker_url."""
+SECRET_ORIGIN = "the secret file "
+MAX_SECRET_BYTES = 65_536
 DEFAULT_FILE = ROOT / "config" / "default.yaml"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
@@ -293,7 +298,7 @@ def explanations(section: str) -> dict[str, Explanation]:
 
 
 def load_settings(environment: Mapping[str, str]) -> Settings:
-    """Settings from default.yaml, the file that `environment` names, and its MODERATO_* variables.
+    """Settings from default.yaml, the file that `environment` names, its MODERATO_* variables and their secret files.
 
     Raises:
         SettingsError: a file cannot be read, or a key or value is not allowed.
@@ -301,7 +306,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     layers = [_read_yaml(DEFAULT_FILE)]
     if named := environment.get(CONFIG_FILE_VARIABLE):
         layers.append(_read_yaml(_from_root(Path(named))))
-    layers.append((_from_environment(environment), "the environment"))
+    secret_files = _secret_files(environment)
+    layers.append((_from_environment(environment, secret_files), "the environment"))
+    layers += [_read_secret(variable, path) for variable, path in secret_files.items()]
 
     merged: dict[str, Any] = {}
     origin: dict[tuple[str, ...], str] = {}
@@ -342,12 +349,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     return values, str(path)
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str], secret_files: Collection[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in sorted(environment.items()):
-        if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE or variable in OWN_TEST_VARIABLES:
+        if not _is_ours(variable) or variable in secret_files:
             continue
-        *sections, key = variable.removeprefix(PREFIX).lower().split("__")
+        *sections, key = _path(variable)
         target = values
         for section in sections:
             target = target.setdefault(section, {})
@@ -362,6 +369,47 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 f"{variable} in the environment is no list or mapping as in YAML: {_trouble(error)}"
             ) from None
     return values
+
+
+def _is_ours(variable: str) -> bool:
+    return variable.startswith(PREFIX) and variable != CONFIG_FILE_VARIABLE and variable not in OWN_TEST_VARIABLES
+
+
+def _path(variable: str) -> tuple[str, ...]:
+    return tuple(variable.removeprefix(PREFIX).lower().split("__"))
+
+
+def _secret_files(environment: Mapping[str, str]) -> dict[str, Path]:
+    """The files that variables name for a setting's value. MODERATO_POLICY_FILE is none: that is itself a setting."""
+    found = {}
+    for variable, path in sorted(environment.items()):
+        if not _is_ours(variable) or not variable.endswith(SECRET_SUFFIX) or _is_setting(_path(variable)):
+            continue
+        if (value := variable.removesuffix(SECRET_SUFFIX)) in environment:
+            raise SettingsError(f"{value} and {variable} are both set in the environment; unset one of them")
+        found[variable] = _from_root(Path(path))
+    return found
+
+
+def _read_secret(variable: str, path: Path) -> tuple[dict[str, Any], str]:
+    """The one setting that a secret file holds, with its sections around it. The line's end is not part of it."""
+    trouble = f"the file {path}, which {variable} names, "
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_SECRET_BYTES + 1)
+        secret = content.decode().rstrip("\r\n")
+    except OSError as error:
+        raise SettingsError(f"{trouble}cannot be read: {error.strerror}; who runs this must be able to") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{trouble}is not UTF-8 text") from None
+    if len(content) > MAX_SECRET_BYTES:
+        raise SettingsError(f"{trouble}is longer than {MAX_SECRET_BYTES:,} bytes; is it the right one?")
+    if not secret:
+        raise SettingsError(f"{trouble}is empty; write the value into it, and nothing else")
+    values: Any = secret
+    for part in reversed(_path(variable.removesuffix(SECRET_SUFFIX))):
+        values = {part: values}
+    return values, f"{SECRET_ORIGIN}{path}"
 
 
 def _trouble(error: Exception) -> str:
@@ -400,17 +448,23 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> s
             hint = f"did you mean {near[0]}? " if near else ""
             lines.append(f"unknown setting {key} in {where}; {hint}allowed here: {', '.join(allowed)}")
         else:
-            # A URL that could not be parsed may still hold a password.
-            value = without_password(repr(problem["input"]))
+            # A URL that could not be parsed may still hold a password, and whatever a secret file holds is one.
+            value = "***" if where.startswith(SECRET_ORIGIN) else without_password(repr(problem["input"]))
             lines.append(f"setting {key} = {value} in {where} is wrong: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
+
+
+def _is_setting(path: tuple[str, ...]) -> bool:
+    return path[-1] in _keys_beside(path)
 
 
 def _keys_beside(path: tuple[str, ...]) -> list[str]:
     model: type[BaseModel] = Settings
     for part in path[:-1]:
-        annotation = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(annotation, types.GenericAlias) or not isinstance(annotation, type):
             return []
-        model = typing.cast(type[BaseModel], annotation)
+        if not issubclass(annotation, BaseModel):  # a value, in which there are no settings
+            return []
+        model = annotation
     return sorted(model.model_fields)

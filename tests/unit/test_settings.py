@@ -191,3 +191,57 @@ class TestPasswords:
         assert f"settings file {file} is not YAML" in said
         assert "line 2" in said
         assert "secret" not in said
+
+
+class TestSecretFiles:
+    @pytest.fixture
+    def secret(self, tmp_path: Path) -> Path:
+        return tmp_path / "secret"
+
+    @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+    def test_a_setting_may_stand_in_a_file_of_its_own(self, secret: Path, end: str) -> None:
+        # Given a password in a file, with a space that belongs to it
+        secret.write_bytes(b"redis://worker:pa ss @queue.example/0" + end.encode())
+        # Then it is the setting, without the end of the line, and wins over a file of settings
+        settings = load_settings({"MODERATO_BROKER_URL_FILE": str(secret)})
+        assert settings.broker_url == "redis://worker:pa ss @queue.example/0"
+
+    def test_so_may_a_section_s_and_it_wins_over_a_file_of_settings(self, secret: Path, file: Path) -> None:
+        secret.write_text("5\n")
+        file.write_text("client: {max_queue_messages: 7}\n")
+        environment = {"MODERATO_CONFIG": str(file), "MODERATO_CLIENT__MAX_QUEUE_MESSAGES_FILE": str(secret)}
+        assert load_settings(environment).client.max_queue_messages == 5
+
+    def test_a_setting_that_is_a_file_s_name_is_left_as_it_is(self, secret: Path) -> None:
+        environment = {"MODERATO_POLICY_FILE": str(secret), "MODERATO_TRAINER__HOLDOUT_FILE": str(secret)}
+        settings = load_settings(environment)
+        assert (settings.policy_file, settings.trainer.holdout_file) == (secret, secret)
+
+    @pytest.mark.parametrize(
+        "content, said",
+        [
+            (None, "cannot be read: No such file or directory"),
+            (b"", "is empty"),
+            (b"\n", "is empty"),
+            (b"redis://\xff", "is not UTF-8 text"),
+            (b"x" * 65_537, "is longer than 65,536 bytes"),
+        ],
+    )
+    def test_a_file_that_cannot_be_it_is_named_with_its_variable(
+        self, secret: Path, content: bytes | None, said: str
+    ) -> None:
+        if content is not None:
+            secret.write_bytes(content)
+        told = complaint({"MODERATO_BROKER_URL_FILE": str(secret)})
+        assert told.startswith(f"the file {secret}, which MODERATO_BROKER_URL_FILE names, {said}")
+
+    def test_the_same_setting_twice_is_refused(self, secret: Path) -> None:
+        environment = {"MODERATO_BROKER_URL": "redis://a", "MODERATO_BROKER_URL_FILE": str(secret)}
+        assert "MODERATO_BROKER_URL and MODERATO_BROKER_URL_FILE are both set" in complaint(environment)
+
+    @pytest.mark.parametrize("variable", ["MODERATO_BROKER_URL_FILE", "MODERATO_BROKERS_FILE", "MODERATO_X__Y_FILE"])
+    def test_what_it_holds_is_told_to_nobody(self, secret: Path, variable: str) -> None:
+        secret.write_text("a-password-alone\n")
+        said = complaint({variable: str(secret)})
+        assert "a-password-alone" not in said
+        assert f"in the secret file {secret}" in said
