@@ -49,7 +49,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, policies, privacy, queries, reviews, trials
+from db import dead_letters, policies, privacy, pruning, queries, reviews, trials
 from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -770,6 +770,17 @@ class ModerationClient:
             )
         self._tell_workers()
         return activation_id
+
+    @contextmanager
+    def holding_activations(self) -> Iterator[dict[str, str]]:
+        """While the block runs nobody else activates a version or starts a trial.
+
+        Yields:
+            The versions whose files something needs, and what: see `db.pruning.needed_versions`.
+        """
+        with self._writing() as connection:
+            queries.hold_activations(connection)
+            yield pruning.needed_versions(connection)
 
     # --- Policies ------------------------------------------------------------------------------------------------
 

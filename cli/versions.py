@@ -8,6 +8,7 @@ from rich.text import Text
 
 from cli.comparing import compare
 from cli.groups import GroupWithDefault
+from cli.pruning import prune
 from cli.terminal import out, print_json, say, shown, user
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=GroupWithDefault)
 app.command()(compare)
+app.command()(prune)
 
 
 @app.callback()
@@ -26,12 +28,15 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     Example: moderato models
     """
     from api_client.client import ModerationClient
+    from config.settings import settings
+    from model.version import was_pruned
 
     with ModerationClient() as client:
         versions, activations = client.versions(), client.activations(limit=5)
         loads = client.loads(activations[0].activation_id) if activations else []
         trial = client.live_trial()
     active = activations[0].version if activations else None
+    pruned = {row.version for row in versions if was_pruned(row.version, settings().versions_dir)}
     if as_json:
         listed = [
             {
@@ -39,6 +44,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
                 "parent": row.parent,
                 "registered_at": row.registered_at,
                 "active": row.version == active,
+                "pruned": row.version in pruned,
                 "metrics": row.manifest.get("metrics", {}),
             }
             for row in versions
@@ -50,7 +56,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         measured = row.manifest.get("metrics", {}).get("holdout_int8", {})
         mean = measured.get("mean_roc_auc")
         table.add_row(
-            "active" if row.version == active else "",
+            "active" if row.version == active else "pruned" if row.version in pruned else "",
             row.version,
             row.parent or "",
             shown(row.registered_at),
@@ -102,12 +108,18 @@ def rollback(reason: Annotated[str | None, typer.Option(help="Why, for the recor
 
 
 def register_from_disk(client: "ModerationClient", version: str) -> None:
-    """Make a version known that was trained by `moderato train`, or copied here, and is not known yet."""
-    if version in {row.version for row in client.versions()}:
-        return
-    from config.settings import settings
-    from model.version import verify, version_directory
+    """Make a version known that was trained by `moderato train`, or copied here, and is not known yet.
 
+    Raises:
+        VersionError: it was pruned, or is not known and cannot be verified here.
+    """
+    from config.settings import settings
+    from model.version import verify, version_directory, was_pruned
+
+    is_known = version in {row.version for row in client.versions()}
+    # What is known need not be on this machine, only on the workers'. One that was pruned here is gone for them too.
+    if is_known and not was_pruned(version, settings().versions_dir):
+        return
     directory = version_directory(version, settings().versions_dir)
     client.register(verify(directory, expected_version=version).model_dump())
 

@@ -27,6 +27,9 @@ ENCODER_FILE = "encoder.json"
 ONNX_FILE = "model.int8.onnx"
 REQUIRED_FILES = (WEIGHTS_FILE, ENCODER_FILE, TOKENIZER_FILE)
 
+PRUNED_FOLDER = ".pruned"
+"""In the versions directory: manifests of versions whose other files were deleted (model.pruning)."""
+
 VERSION_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 STARTER_DIRECTORY = ROOT / "model" / "starter"
@@ -79,7 +82,7 @@ def version_directory(version: str, versions_dir: Path) -> Path:
     """Where a version's files are; the starter is found in the repository where the directory lacks it.
 
     Raises:
-        VersionError: there is no such directory.
+        VersionError: there is no such directory, or no longer.
     """
     directory = versions_dir / version
     # A name comes from the database; it must not lead out of the versions directory.
@@ -87,7 +90,19 @@ def version_directory(version: str, versions_dir: Path) -> Path:
         return directory
     if version == STARTER_VERSION and STARTER_DIRECTORY.is_dir():
         return STARTER_DIRECTORY
+    if was_pruned(version, versions_dir):
+        raise VersionError(
+            f"version {version} was pruned: of its files only the manifest is left, in {versions_dir / PRUNED_FOLDER}; "
+            f"bring {directory} back from a backup, or take another version"
+        )
     raise VersionError(f"version {version}: there is no directory {directory}; is MODERATO_VERSIONS_DIR shared?")
+
+
+def was_pruned(version: str, versions_dir: Path) -> bool:
+    """Whether `moderato models prune` deleted a version's files, and nobody has brought them back."""
+    if not re.fullmatch(VERSION_NAME, version) or (versions_dir / version).is_dir():
+        return False
+    return (versions_dir / PRUNED_FOLDER / version).is_dir()
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -32,6 +32,7 @@ COMMANDS = [
     ["retrain"],
     ["models"],
     ["models", "compare"],
+    ["models", "prune"],
     ["activate"],
     ["rollback"],
     ["score"],
