@@ -24,7 +24,7 @@ def needed_versions(connection: Connection) -> dict[str, str]:
     if (trial := trials.live_trial(connection)) is not None:
         needed.setdefault(trial.version, f"on trial: {trial.kind}")
         needed.setdefault(trial.baseline, f"beside the {trial.kind} of {trial.version}")
-    starts = select(TrainingRun.parent).where(TrainingRun.state == "running", TrainingRun.parent.is_not(None))
-    for parent in connection.scalars(starts):
-        needed.setdefault(parent, "a training that runs starts from it")
+    for parent in connection.scalars(select(TrainingRun.parent).where(TrainingRun.state == "running")):
+        if parent is not None:  # it has not come so far yet, and starts from the active version
+            needed.setdefault(parent, "a training that runs starts from it")
     return needed

@@ -87,9 +87,10 @@ def test_what_anything_needs_stays(
         activation = client.activate(name, by="me", reason="test")
     with writing(client._engine) as connection:
         # And a worker that refused the active one, a training that starts from another, and a trial
-        word = {"activation_id": activation, "version": "run", "error": "damaged", "now": minutes(9)}
-        queries.record_load(connection, worker="w1@here", **word)
-        queries.record_load(connection, worker="w2@here", **word | {"version": "active", "error": None})
+        for worker, version, error in (("w1@here", "run", "damaged"), ("w2@here", "active", None)):
+            queries.record_load(
+                connection, activation_id=activation, worker=worker, version=version, error=error, now=minutes(9)
+            )
         queries.request_run(connection, run_id="1", requested_by="me", overrides={}, now=minutes(9))
         assert queries.claim_run(connection, "1", minutes(9))
         queries.report_progress(connection, "1", parent="learnt-from", now=minutes(9))
