@@ -26,11 +26,13 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import DBAPIError
 
+from api_client.explaining import explanation
 from api_client.limits import Limits, TryLater
 from api_client.pipeline_stats import PipelineStats
 from api_client.publishing import ask, new_task_id, push
 from api_client.retrying import NotRetryable, comments_of
-from config.comment import Comment, explain
+from config.comment import Comment
+from config.comment import explain as explain_refusal
 from config.names import (
     ACTIVATION_CHANGED,
     DEFAULT_COMMUNITY,
@@ -49,7 +51,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, policies, privacy, pruning, queries, reviews, trials
+from db import dead_letters, explain, policies, privacy, pruning, queries, reviews, trials
 from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -503,6 +505,23 @@ class ModerationClient:
     def results(self, **filters: Unpack[ResultFilters]) -> Results:
         """The decisions that fit every filter given; see `db.queries.results` for each. Iterating asks the database."""
         return Results(self._reading, filters)
+
+    def explain(self, submission_id: str) -> dict[str, Any] | None:
+        """How a decision came about: scores, rule, policy, version, way, reviews; or why there is none.
+
+        Returns:
+            The object that `moderato explain --json` prints, but for `margins` and `rerun`, which need the model's own
+            code: JSON types only, without the comment's text. docs/explain.md has every key. None where neither a
+            submission nor a dead letter has this id.
+        """
+        with self._reading() as connection:
+            facts = explain.facts(connection, submission_id)
+        return None if facts is None else explanation(submission_id, facts)
+
+    def newest_submission(self, comment_id: str, *, community: str = DEFAULT_COMMUNITY) -> str | None:
+        """The id of the newest submission of a comment, decided or not; None where there is none."""
+        with self._reading() as connection:
+            return explain.newest_submission(connection, community=community, comment_id=comment_id)
 
     def dead_letters(self, *, limit: int | None = 100, reason: Reason | None = None) -> list[DeadLetterRow]:
         """The newest comments and messages that could not be decided, newest first, each with its reason."""
@@ -1102,7 +1121,7 @@ def message_form(comment: str | Mapping[str, Any]) -> dict[str, Any]:
     try:
         checked = Comment.model_validate({name: value for name, value in comment.items() if value is not None})
     except ValidationError as error:
-        raise InvalidComment(explain(error)) from None
+        raise InvalidComment(explain_refusal(error)) from None
     return checked.model_dump(mode="json", exclude_unset=True)
 
 

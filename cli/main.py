@@ -9,6 +9,7 @@ from cli import (
     dataset,
     dead_letters,
     evaluating,
+    explaining,
     health,
     offline,
     privacy,
@@ -56,6 +57,7 @@ app.command()(status.status)
 app.command()(health.health)
 app.command()(producing.submit)
 app.command()(producing.results)
+app.command()(explaining.explain)
 app.add_typer(reviewing.app, name="review")
 app.command()(privacy.erase)
 app.command()(training.retrain)

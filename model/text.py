@@ -55,6 +55,21 @@ class TextEncoder:
         """The windows of each text, each of at most the version's `max_length` tokens; uses every core."""
         return list(map(self._windows, self._token_ids(texts)))
 
+    def locate(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """Where the windows of a text are.
+
+        Returns:
+            The text as the version reads it, disguises undone; and of each window that `encode` makes of it, where its
+            first character is there, and where the one after its last.
+        """
+        read = self._read(text)
+        spans = self._tokenizer.encode(read).offsets
+        if len(spans) <= self._max_length:
+            return read, [(0, len(read))]
+        body = spans[len(self._before) : len(spans) - len(self._after)]
+        windows = (body[start : start + self._window_tokens] for start in window_starts(len(body), self._window_tokens))
+        return read, [(window[0][0], window[-1][1]) for window in windows]
+
     def encode_beginnings(self, texts: Sequence[str]) -> list[list[int]]:
         """The first `max_length` tokens of each text, special tokens included: what a version is trained on."""
         kept = self._max_length - len(self._after)

@@ -20,6 +20,7 @@ COMMANDS = [
     ["status"],
     ["submit"],
     ["results"],
+    ["explain"],
     ["review"],
     ["review", "next"],
     ["review", "agreement"],
@@ -67,7 +68,9 @@ def test_the_help_lists_every_command() -> None:
     assert all(command[0] in done.output for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", ["--help", "submit", "status --json", "review next", "review agreement"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "submit", "status --json", "review next", "explain 1", "review agreement"]
+)
 def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
     # Given a fresh interpreter, and nothing that answers
     script = (
@@ -114,6 +117,10 @@ class TestMistakes:
             "moderato: comment 0 (counted from 0): 'text' is empty, or holds nothing that can be seen; "
             "a comment needs text to be scored"
         )
+
+    def test_an_explanation_of_nothing(self) -> None:
+        assert complaint("explain").startswith("moderato: give either a submission's id or --comment")
+        assert complaint("explain", "x", "--text").endswith("of a text that is scored again: add --rerun")
 
     def test_a_label_that_is_not_said_of(self) -> None:
         said = complaint("review", "some:0", "--action", "hide", "--label", "toxic=yes")

@@ -84,6 +84,20 @@ def test_look_alike_letters_are_the_same_text(scorer: Scorer) -> None:
     assert plain == wide == circled
 
 
+def test_windows_are_located_in_the_text_as_it_is_read(scorer: Scorer) -> None:
+    assert scorer.text_encoder.locate("you 1d1ot!") == ("you idiot!", [(0, 10)])
+    # Given a text of several windows, each word of it known by its place
+    words = [f"word{n}" for n in range(60)]
+    read, spans = scorer.text_encoder.locate(" ".join(words))
+    windows = scorer.encode([read])[0]
+    assert len(windows) == len(spans) > 2
+    # Then each window holds the tokens of its stretch, of which the whole ones are told apart
+    for (start, end), ids in zip(spans, windows, strict=True):
+        inner = scorer.encode([read[start:end].partition(" ")[2].rpartition(" ")[0]])[0][0][1:-1]
+        assert str(inner)[1:-1] in str(ids)
+    assert (spans[0][0], spans[-1][1]) == (0, len(read))
+
+
 def test_a_text_longer_than_the_version_reads_becomes_several_windows() -> None:
     text = " ".join(f"word{n}" for n in range(300))
     (whole,) = TextEncoder(STARTER_DIRECTORY, 8_192).encode([text])[0]
