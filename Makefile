@@ -11,8 +11,8 @@ BIN := .venv/bin
 help:
 	@echo 'make demo   the whole system on this machine: 2,000 real comments, a retrain, a hot swap'
 	@echo 'make starter  hours: train the version that ships, by samples/starter/recipe.yaml, and measure it (ARGS=--encoder=DIR)'
-	@echo 'make test   linters, types, import rules and every test'
-	@echo 'make lint   linters, types and import rules only'
+	@echo 'make test   linters, types, import rules, container files and every test'
+	@echo 'make lint   all of that but the tests'
 	@echo 'make bench  half an hour on an idle machine: speed, latency, and what one could run instead (see ARGS=--help)'
 	@echo 'make chaos  ten minutes of kills, freezes, full disks and nonsense: is a comment lost or decided twice? (ARGS=--help)'
 	@echo 'make bench-gpu         measure on a GPU; needs torch and transformers, and .venv or the wheels of the next line'
@@ -49,6 +49,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile Dockerfile.gpu
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal

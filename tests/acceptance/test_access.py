@@ -169,8 +169,8 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         logs = worker.log() + trainer.log()
         assert not re.search(r"permission|NOPERM", logs), logs
 
-    # And none of them can do what is not its work
-    for user in USERS:
+    # And none of them can do what is not its work, nor the one that anybody may ask by whether Redis answers
+    for user in (*USERS, "health"):
         with guarded.connect(user) as client:
             for command in FORBIDDEN:
                 with pytest.raises(NoPermissionError):
