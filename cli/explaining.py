@@ -22,7 +22,7 @@ EXCERPT_CHARS = 200
 
 
 def explain(
-    submission_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="As `moderato results` shows it.")] = None,
+    submission_id: Annotated[str | None, typer.Argument(metavar="ID", help="As `moderato results` shows it.")] = None,
     comment: Annotated[
         str | None, typer.Option(metavar="ID", help="Your own id of the comment: its newest submission.")
     ] = None,

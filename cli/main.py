@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from cli import (
     dataset,
     dead_letters,
+    doctor,
     evaluating,
     explaining,
     health,
@@ -55,6 +56,7 @@ app.command()(system.demo)
 app.command()(system.up)
 app.command()(status.status)
 app.command()(health.health)
+app.command()(doctor.doctor)
 app.command()(producing.submit)
 app.command()(producing.results)
 app.command()(explaining.explain)

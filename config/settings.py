@@ -306,9 +306,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     layers = [_read_yaml(DEFAULT_FILE)]
     if named := environment.get(CONFIG_FILE_VARIABLE):
         layers.append(_read_yaml(_from_root(Path(named))))
-    secret_files = _secret_files(environment)
-    layers.append((_from_environment(environment, secret_files), "the environment"))
-    layers += [_read_secret(variable, path) for variable, path in secret_files.items()]
+    secrets = secret_files(environment)
+    layers.append((_from_environment(environment, secrets), "the environment"))
+    layers += [_read_secret(variable, path) for variable, path in secrets.items()]
 
     merged: dict[str, Any] = {}
     origin: dict[tuple[str, ...], str] = {}
@@ -349,10 +349,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     return values, str(path)
 
 
-def _from_environment(environment: Mapping[str, str], secret_files: Collection[str]) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str], secrets: Collection[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in sorted(environment.items()):
-        if not _is_ours(variable) or variable in secret_files:
+        if not _is_ours(variable) or variable in secrets:
             continue
         *sections, key = _path(variable)
         target = values
@@ -379,7 +379,7 @@ def _path(variable: str) -> tuple[str, ...]:
     return tuple(variable.removeprefix(PREFIX).lower().split("__"))
 
 
-def _secret_files(environment: Mapping[str, str]) -> dict[str, Path]:
+def secret_files(environment: Mapping[str, str]) -> dict[str, Path]:
     """The files that variables name for a setting's value. MODERATO_POLICY_FILE is none: that is itself a setting."""
     found = {}
     for variable, path in sorted(environment.items()):

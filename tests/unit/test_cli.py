@@ -21,6 +21,7 @@ COMMANDS = [
     ["submit"],
     ["results"],
     ["explain"],
+    ["doctor"],
     ["review"],
     ["review", "next"],
     ["review", "agreement"],
