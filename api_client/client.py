@@ -53,6 +53,7 @@ from config.names import (
 from config.settings import settings, trainer_settings, without_password
 from db import dead_letters, explain, policies, privacy, pruning, queries, reviews, trials
 from db.dead_letters import AlreadyDecided, DeadLetterRow
+from db.drift import Drift, measure_drift
 from db.durable import PendingSubmission, database_time, record_pending
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
 
@@ -215,6 +216,8 @@ class Status(Activity):
     """That runs now."""
     policy: policies.PolicyActivationRow | None = None
     """The active one; None where each worker decides by its own policy file."""
+    drift: Drift | None = None
+    """None before any version was active."""
 
 
 class ModerationClient:
@@ -1002,6 +1005,7 @@ class ModerationClient:
                 status.trial = trials.live_trial(connection)
                 status.policy = policies.active(connection)
                 status.last_run = next(iter(queries.runs(connection, limit=1)), None)
+                status.drift = measure_drift(connection, now=database_time(connection))
         except DatabaseProblem as problem:
             status.problems.append(str(problem))
         return status

@@ -19,6 +19,7 @@ from cli.versions import trial_line
 if TYPE_CHECKING:
     from api_client.client import Activity, ModerationClient, Status
     from api_client.pipeline_stats import PipelineRates, PipelineStats
+    from db.drift import Drift
 
 BAR_CHARS = 16
 """Of a stage that is busy all of the time. With it a line fits into 80 columns."""
@@ -124,6 +125,8 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
         lines.append(_line("decisions", f"{totals.decisions:,}{f' ({actions})' if actions else ''}"))
         pending = f", {totals.pending:,} durable submissions on their way" if totals.pending else ""
         lines.append(_line("", f"{totals.reviews:,} reviews, {totals.dead_letters:,} dead letters{pending}"))
+    if state.drift is not None:
+        lines += drift_lines(state.drift)
     if state.last_run is not None:
         run = state.last_run
         step = f", step {run.step} of {run.total_steps}" if run.state == "running" and run.step else ""
@@ -132,6 +135,35 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
         if run.reason:
             lines.append(_line("", run.reason))
     return lines + _pipeline_lines(state, rates)
+
+
+def drift_lines(drift: "Drift") -> list[Text]:
+    """What has moved within a day: scores, actions, and what reviewers say."""
+    lines: list[Text] = []
+    for psi, expected in ((drift.psi_held_out, "the held-out rows"), (drift.psi_before, "the day before")):
+        if psi is not None:
+            lines.append(_line("" if lines else "drift", f"against {expected}: {_moved(psi)}"))
+    if lines:
+        shares = (
+            f"{action} {share:.1%} (the day before {drift.action_shares_before.get(action, 0):.1%})"
+            for action, share in drift.action_shares.items()
+        )
+        lines.append(_line("", ", ".join(shares)))
+    if drift.overturned_share is not None:
+        overturned = f"of {drift.reviewed:,} reviewed within a day {drift.overturned_share:.1%} overturned"
+        lines.append(_line("" if lines else "drift", overturned))
+    return lines
+
+
+def _moved(psi: "Mapping[str, float]") -> str:
+    from config.drift import level
+
+    moved = [
+        f"{label} {value:.2f} {level(value)}"
+        for label, value in sorted(psi.items(), key=lambda each: -each[1])
+        if level(value) != "stable"
+    ]
+    return ", ".join([*moved, "the others stable"] if 0 < len(moved) < len(psi) else moved or ["stable"])
 
 
 def _watched_lines(activity: "Activity", rates: "Mapping[str, PipelineRates]") -> list[Text]:

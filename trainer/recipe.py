@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from config.drift import score_histogram
 from config.settings import TrainerSettings, relative_to_root
 from model.engine import Scorer, default_batching, load_scorer
 from model.network import ToxicityNetwork
@@ -175,6 +176,7 @@ def train_version(
                 "stopped_early": trained.stopped_early,
                 "history": trained.history,
                 "holdout_int8": evaluation.as_dict(),
+                "score_histogram": score_histogram(evaluation.scores),
                 "int8": int8,
             },
         }

@@ -4,15 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.status import drift_lines
 from cli.terminal import Problem, shorten
 from cli.training import parse_overrides
+from config.names import LABELS
 from config.settings import ROOT, TrainerSettings, explanations
+from db.drift import Drift
 
 COMMANDS = [
     ["demo"],
@@ -238,3 +242,27 @@ class TestOverrides:
 )
 def test_a_comment_is_shown_on_one_line_and_cannot_steer_the_terminal(text: str | None, shown: str) -> None:
     assert shorten(text, 10) == shown
+
+
+def test_status_names_what_has_moved_and_reads_it() -> None:
+    # Given scores of which one has moved a little since the training and one a lot, and reviews
+    drift = Drift(
+        version="v1",
+        decisions=10_000,
+        decisions_before=600,
+        psi_held_out=dict.fromkeys(LABELS, 0.01) | {"toxic": 0.12, "insult": 0.314},
+        psi_before=dict.fromkeys(LABELS, 0.0),
+        action_shares={"allow": 0.9, "hide": 0.1},
+        action_shares_before={"allow": 1.0},
+        reviewed=40,
+        overturned=5,
+    )
+    assert [line.plain for line in drift_lines(drift)] == [
+        "drift         against the held-out rows: insult 0.31 shifted, toxic 0.12 moderate, the others stable",
+        "              against the day before: stable",
+        "              allow 90.0% (the day before 100.0%), hide 10.0% (the day before 0.0%)",
+        "              of 40 reviewed within a day 12.5% overturned",
+    ]
+    # And without enough to compare, nothing
+    nothing = replace(drift, psi_held_out=None, psi_before=None, reviewed=0)
+    assert drift_lines(nothing) == []
