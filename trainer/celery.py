@@ -12,6 +12,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from config.logs import follow_celery
 from config.names import RETRAIN_QUEUE, TRAINER_CONTROL_EXCHANGE, TRAINER_UNACKED_KEY
 from config.settings import SettingsError, settings
+from trainer.monitoring import Monitor
 
 try:
     _settings = settings()
@@ -21,6 +22,9 @@ except SettingsError as error:
 follow_celery(_settings.log_format)
 
 RECONNECT_PAUSE_S = 1.0
+
+monitor = Monitor()
+"""Of this process; only the parent's is asked."""
 
 
 class Consumer(CeleryConsumer):
@@ -35,6 +39,7 @@ class Consumer(CeleryConsumer):
         super().__init__(*args, **{**kwargs, "without_gossip": True})
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
+        monitor.is_connected = False
         super().on_connection_error_after_connected(exc)
         time.sleep(RECONNECT_PAUSE_S)
 

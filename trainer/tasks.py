@@ -11,12 +11,14 @@ from celery import bootsteps
 from celery.signals import task_failure
 from sqlalchemy import Engine
 
+from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import RETRAIN_QUEUE, RETRAIN_TASK
 from config.settings import settings
 from db import queries
 from db.outage import Outage
 from db.session import open_database, reading, writing
-from trainer.celery import app
+from trainer.celery import app, monitor
+from trainer.monitoring import look
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +61,24 @@ class RunWatch(bootsteps.StartStopStep):
         self._asked = False
         self._heard: dict[str, tuple[datetime | None, float]] = {}
         """Of each running run the last sign of life, and when it was first seen by the monotonic clock."""
+        metrics = settings().metrics
+        serve(
+            metrics.host,
+            metrics.trainer_port,
+            monitor,
+            {HEALTH_PATH: monitor.healthy, READY_PATH: monitor.ready},
+        )
 
     def start(self, consumer: Any) -> None:
         self._asked = False
         self._watch()
         # On the event loop rather than a thread: a child forked while a thread held a lock would wait for it forever.
         self._timer = consumer.timer.call_repeatedly(WATCH_S, self._watch)
+        monitor.is_connected = True
 
     def stop(self, consumer: Any) -> None:
+        monitor.is_connected = False
+        monitor.is_stopping = consumer.blueprint.state != bootsteps.RUN
         if self._timer is not None:
             self._timer.cancel()
 
@@ -77,10 +89,13 @@ class RunWatch(bootsteps.StartStopStep):
                     _ask_again(database)
                     self._asked = True
                 self._fail_silent_runs(database)
+                with reading(database) as connection:
+                    monitor.note(look(connection, self._longest_silence_s()))
         except Exception as error:
             # Neither an absent database nor an absent Redis must end the event loop; the next look comes soon. Nobody
             # could give a sign of life meanwhile, so all are heard anew.
             self._heard = {}
+            monitor.note(None)
             if self._outage.begin():
                 logger.error("cannot look after training runs (%s); trying again and again", type(error).__name__)
         else:
@@ -104,6 +119,10 @@ class RunWatch(bootsteps.StartStopStep):
                 failed = queries.fail_abandoned_run(connection, run_id, heartbeat_at=heartbeat_at, now=now)
             if failed:
                 logger.error("run %s: its process stopped without a word", run_id)
+
+    def _longest_silence_s(self) -> float | None:
+        since_s = [since_s for _, since_s in self._heard.values()]
+        return time.monotonic() - min(since_s) if since_s else None
 
 
 app.steps["consumer"].add(RunWatch)

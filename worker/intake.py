@@ -20,8 +20,10 @@ from celery import Celery, bootsteps
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.control import control_command
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import (
     ACTIVATION_CHANGED,
     MAX_COMMENTS_PER_MESSAGE,
@@ -38,8 +40,11 @@ from db.session import DatabaseProblem, is_outage, open_database
 from model.policy import PolicyError, read_policy
 from model.version import VersionError
 from worker import clock
+from worker.drift import DriftWatch
+from worker.health import Health
 from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
+from worker.metrics import WorkerMetrics
 from worker.pipeline import Pipeline
 from worker.resending import Resending
 from worker.retention import Retention
@@ -86,6 +91,7 @@ class Consumer(CeleryConsumer):
         self._lost_at = -math.inf
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self.intake.is_connected = False
         super().on_connection_error_after_connected(exc)
         # Celery pauses between attempts to connect. A Redis that takes the connection and then refuses what is needed
         # to start on it would be tried without end, and without pause.
@@ -128,6 +134,27 @@ class Intake(bootsteps.StartStopStep):
         self._comments_per_message = float(MAX_COMMENTS_PER_MESSAGE)
         self._settled: deque[Delivery] = deque()
         self._settled_some = threading.Event()
+        # What whoever watches this worker looks at, as it begins.
+        self.database: Engine | None = None
+        self.resending: Resending | None = None
+        self.sweeper: Sweeper | None = None
+        self.drift: DriftWatch | None = None
+        self.is_connected = self.is_stopping = False
+        self.redelivered = 0
+        """Messages that came back from a worker before."""
+        self.health = Health(self, consumer.app)
+        # Before Redis and the database are waited for: whoever asks is told that this worker is on its way.
+        looks = {HEALTH_PATH: self.health.healthy, READY_PATH: self.health.ready}
+        metrics = settings().metrics
+        serve(metrics.host, metrics.worker_port, WorkerMetrics(self), looks)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        return self._pipeline
+
+    @property
+    def follower(self) -> VersionFollower | None:
+        return self._follower
 
     # --- Celery's steps ---
 
@@ -141,12 +168,15 @@ class Intake(bootsteps.StartStopStep):
         self._lease_timer = consumer.timer.call_repeatedly(self._settings.visibility_timeout_s / 3, self._renew_leases)
         self._database_timer = consumer.timer.call_repeatedly(1.0, self._pipeline.notice_silent_database)
         self._acknowledge_settled()
+        self.is_connected = True
 
     def stop(self, consumer: Consumer) -> None:
+        self.is_connected = False
         for timer in (self._lease_timer, self._database_timer):
             if timer is not None:
                 timer.cancel()
         if consumer.blueprint.state != bootsteps.RUN:  # else the connection is lost, and the step starts again
+            self.is_stopping = True
             self._drain()
             # All that is left is telling Redis. One that stands still would take a timeout for each word.
             last_words = threading.Timer(LAST_WORDS_S, _end_without_redis)
@@ -174,7 +204,7 @@ class Intake(bootsteps.StartStopStep):
             worker_state.maybe_shutdown()
 
     def _start_pipeline(self, app: Celery, worker: str) -> Pipeline:
-        database = open_database(settings().database_url)
+        database = self.database = open_database(settings().database_url)
         require_current(database)
         policy = read_policy(settings().policy_file)
         self._follower = VersionFollower(database, settings(), worker)
@@ -188,12 +218,16 @@ class Intake(bootsteps.StartStopStep):
         )
         pipeline.start()
         self._follower.follow(pipeline.exchange, pipeline.try_out)
+        self.resending = Resending(database, app, settings())
         chores: dict[str, Chore] = {
-            "sending durable submissions again": Resending(database, app, settings()),
+            "sending durable submissions again": self.resending,
             "erasing old texts": Retention(database, settings().privacy.keep_text_days, worker),
             "judging the canary": Judging(database, worker),
         }
-        Sweeper(chores).start()
+        if settings().metrics.worker_port:
+            self.drift = chores["measuring drift"] = DriftWatch(database)
+        self.sweeper = Sweeper(chores)
+        self.sweeper.start()
         # Comments on their way are many small objects without cycles. Python would look through all of them, and all
         # of the libraries', several times a second to find nothing: a third of the worker's own time.
         gc.collect()
@@ -217,6 +251,8 @@ class Intake(bootsteps.StartStopStep):
         now = clock.now()
         parsed, acknowledge = _parse(message, now), message.ack
         queue, submitted_at = _queue_name(message.delivery_info), _submitted_at(message.headers, now)
+        if message.returns:
+            self.redelivered += 1
         if message.returns >= SUSPECT_RETURNS and len(parsed.submitted) > 1:
             # One of them may be what its workers died of. Alone, it is the only one that is counted from now on.
             logger.warning(

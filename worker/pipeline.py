@@ -5,6 +5,7 @@ next texts are tokenized and the last ones written while the device is at work. 
 of their own: intake bounds how much the whole pipeline holds.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -12,9 +13,11 @@ import queue
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +35,7 @@ from model.batching import padded_tokens
 from model.engine import Scorer, Scores
 from model.policy import Policy
 from worker import clock
+from worker.histogram import Histogram
 from worker.job import Delivery, Item, Job, Piece
 from worker.line import Line
 from worker.message import Refused, refuse_comment
@@ -80,7 +84,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Counters:
-    """Since the pipeline began. Seconds of `score` are summed over the lanes; a shadow's share is in them alone."""
+    """Since the pipeline began. A shadow's share is in the time of `score` alone."""
 
     arrived: int = 0
     prepared: int = 0
@@ -88,13 +92,21 @@ class Counters:
     set_aside: int = 0
     """Prepared, and then found that no version can score them."""
     recorded: int = 0
-    dead_letters: int = 0
+    decisions: Counter[tuple[str, str, str | None]] = field(default_factory=Counter)
+    """Those recorded, by action, version, and the label that fired."""
+    dead_letters: Counter[str] = field(default_factory=Counter)
+    """By reason."""
     batches: int = 0
     tokens: int = 0
     padded_tokens: int = 0
-    prepare_s: float = 0.0
-    score_s: float = 0.0
-    record_s: float = 0.0
+    queue: Histogram = field(default_factory=Histogram)
+    """Of each comment: from its submission to the start of its forward pass."""
+    prepare: Histogram = field(default_factory=Histogram)
+    """Of at most PREPARE_COMMENTS."""
+    score: Histogram = field(default_factory=Histogram)
+    """Of each forward pass; of the lanes together."""
+    record: Histogram = field(default_factory=Histogram)
+    """Of each transaction, with the wait for a database that is away."""
 
     @property
     def waiting_for_score(self) -> int:
@@ -136,11 +148,26 @@ class Pipeline:
         self._shadows: set[Job] = set()
         self._reuse = Reuse(reuse_texts)
         self._counters = Counters()
+        self._batch_ids = count(1)
 
     @property
     def database_is_away(self) -> bool:
         """Whether recording waits for the database to come back."""
         return self._outage.lasts
+
+    @property
+    def scorer(self) -> Scorer:
+        """The active version's."""
+        return self._scorer
+
+    @property
+    def policy_version(self) -> str:
+        return self._policy.version
+
+    def counters(self) -> Counters:
+        """As they are now; a copy."""
+        with self._lock:
+            return copy.deepcopy(self._counters)
 
     def notice_silent_database(self) -> None:
         """Take a database for away that does not answer, frozen or behind a dead line: called every second or so."""
@@ -193,10 +220,10 @@ class Pipeline:
                 "batches": now.batches,
                 "tokens": now.tokens,
                 "padded_tokens": now.padded_tokens,
-                "dead_letters": now.dead_letters,
+                "dead_letters": now.dead_letters.total(),
                 "duplicates": self._reuse.joined,
                 "cache_hits": self._reuse.recalled,
-                "busy_s": {"prepare": now.prepare_s, "score": now.score_s, "record": now.record_s},
+                "busy_s": {"prepare": now.prepare.sum_s, "score": now.score.sum_s, "record": now.record.sum_s},
                 "waiting": {
                     "prepare": now.arrived - now.prepared,
                     "score": now.waiting_for_score,
@@ -217,18 +244,18 @@ class Pipeline:
 
     def _prepare(self) -> None:
         items = self._arrived.get()
-        started = time.perf_counter()
         while len(items) < PREPARE_COMMENTS and not self._arrived.empty():
             items.extend(self._arrived.get())
         for start in range(0, len(items), PREPARE_COMMENTS):
             some = items[start : start + PREPARE_COMMENTS]
+            started = time.perf_counter()
             self._counters.prepared += len(some)
             scorer, trial = self._scorer, self._trial
             if trial is None:
                 self._begin([Job(item, scorer) for item in some])
             else:
                 self._begin_on_trial(some, scorer, trial)
-        self._counters.prepare_s += time.perf_counter() - started
+            self._counters.prepare.observe(time.perf_counter() - started)
 
     def _begin_on_trial(self, items: list[Item], scorer: Scorer, trial: LiveTrial) -> None:
         chosen: list[Item] = []
@@ -298,8 +325,10 @@ class Pipeline:
         seconds = time.perf_counter() - started
         lengths = [len(piece.ids) for piece in batch]
         is_shadow = batch[0].job.is_shadow
+        if logger.isEnabledFor(logging.DEBUG):
+            _log_batch(next(self._batch_ids), scorer.version, lengths, seconds * 1000)
         with self._lock:
-            self._counters.score_s += seconds
+            self._counters.score.observe(seconds)
             if not is_shadow:
                 self._counters.batches += 1
                 self._counters.tokens += sum(lengths)
@@ -432,8 +461,7 @@ class Pipeline:
                 return
         with self._lock:
             self._counters.recorded += len(outcome.rows)
-            self._counters.dead_letters += len(outcome.letters)
-            self._counters.record_s += time.perf_counter() - started
+            self._counters.record.observe(time.perf_counter() - started)
         settled = []
         for delivery in outcome.deliveries:
             delivery.open -= 1
@@ -514,17 +542,36 @@ class Pipeline:
         try:
             with writing(self._database) as connection:
                 self._store_policy_once(connection)
-                conflicts = record_decisions(connection, rows).conflicts
-                dead_letters.record(connection, [*letters, *(_conflict(items[index]) for index in sorted(conflicts))])
+                done = record_decisions(connection, rows)
+                letters = [*letters, *(_conflict(items[index]) for index in sorted(done.conflicts))]
+                dead_letters.record(connection, letters)
                 record_trial_scores(connection, trial_scores)
         finally:
             with self._outage_lock:
                 self._writing_since = None
         self._policy_stored = True
+        self._count(rows if len(done.recorded) == len(rows) else [rows[index] for index in done.recorded], letters)
+
+    def _count(self, decided: list[ScoredSubmission], letters: list[DeadLetterRow]) -> None:
+        """What has just been committed."""
+        now = self._counters
+        with self._lock:
+            now.decisions.update([(row.action, row.model_version, row.fired_label) for row in decided])
+            now.dead_letters.update([letter.reason for letter in letters])
+            for row in decided:
+                now.queue.observe(row.queue_ms / 1000)
+        for letter in letters:
+            about = {"submission_id": letter.dead_letter_id, "reason": letter.reason}
+            logger.info("%r is a dead letter: %s", letter.dead_letter_id, letter.reason, extra=about)
 
     def _store_policy_once(self, connection: Connection) -> None:
         if not self._policy_stored:
             policies.store(connection, self._policy.text, now=clock.now())
+
+
+def _log_batch(batch_id: int, version: str, lengths: list[int], ms: float) -> None:
+    about = {"batch_id": batch_id, "version": version, "texts": len(lengths), "tokens": sum(lengths), "ms": ms}
+    logger.debug("batch %d: %d texts, %d tokens, %.1f ms", batch_id, len(lengths), sum(lengths), ms, extra=about)
 
 
 def _checked(scores: Scores, count: int) -> Scores:

@@ -86,6 +86,8 @@ class Resending:
         self._app = app
         self._after = timedelta(seconds=settings.worker.resubmit_after_s)
         self._max_queue_messages = settings.client.max_queue_messages
+        self.resent = 0
+        """Submissions, since the start."""
 
     def __call__(self) -> bool:
         with reading(self._database) as connection:
@@ -114,6 +116,7 @@ class Resending:
             self._send(broker, queue, listed, now)
         if messages:
             count = sum(map(len, messages))
+            self.resent += count
             logger.warning("%d durable submissions were no longer in the queue %s; they are sent again", count, queue)
         return len(rows) == ROWS_PER_STEP
 
@@ -157,10 +160,11 @@ def _look_at(channel: Any, queue: str) -> QueueState:
         # kombu's client adds the prefix of all keys to some commands only.
         asked.llen(list_key).lrange(channel.global_keyprefix + list_key, -1, -1).exists(returns_key)
         depth, head, some_returned = asked.execute()
-    return QueueState(depth, _sent_at(head[0]) if head else None, bool(some_returned))
+    return QueueState(depth, sent_at(head[0]) if head else None, bool(some_returned))
 
 
-def _sent_at(message: bytes) -> datetime | None:
+def sent_at(message: bytes) -> datetime | None:
+    """When a message was put on its queue, if it says so plausibly."""
     try:
         headers = read_envelope(message)["headers"]
     except MalformedMessage:

@@ -49,6 +49,12 @@ class VersionFollower:
         self._refused_id: int | None = None
         self._refusal = ""
         self._retry_at = 0.0
+        self.accepted = 0
+        """Versions that were exchanged for the one before them."""
+        self.refused = 0
+        """Activations that could not be followed."""
+        self.is_behind = False
+        """Whether another version goes on because the active one is refused."""
 
     def load_first(self) -> Scorer:
         """The scorer to start with: the active version, or where that is refused the newest before it that loads.
@@ -143,6 +149,7 @@ class VersionFollower:
             logger.info("version %s replaces %s from the next batch on", loaded.version, self._running)
             exchange(loaded)
             self._running = loaded.version
+            self.accepted += 1
         self._follow(newest)
 
     def _begin_trial(self, live: TrialRow, try_out: TryOut) -> None:
@@ -171,9 +178,13 @@ class VersionFollower:
     def _follow(self, activation: ActivationRow) -> None:
         self._record(activation, None)
         self._followed_id = activation.activation_id
+        self.is_behind = False
 
     def _refuse(self, activation: ActivationRow, refusal: str) -> None:
         self._retry_at = time.monotonic() + RETRY_REFUSED_S
+        self.is_behind = True
+        if activation.activation_id != self._refused_id:
+            self.refused += 1
         if (activation.activation_id, refusal) != (self._refused_id, self._refusal):  # said once, not at every attempt
             logger.error("%s; %s goes on", refusal, self._running)
             self._record(activation, refusal)

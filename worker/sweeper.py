@@ -30,6 +30,7 @@ class Sweeper:
             chores: by what they do, in words.
         """
         self._chores = [(name, chore, Outage()) for name, chore in chores.items()]
+        self.sweeps = 0
 
     def start(self) -> None:
         threading.Thread(target=self._sweep_for_ever, name="sweeper", daemon=True).start()
@@ -52,3 +53,4 @@ class Sweeper:
             else:
                 if outage.end():
                     logger.warning("%s goes on", name)
+        self.sweeps += 1
