@@ -8,9 +8,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Connection, Engine, delete, func, insert, inspect, select
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from db.session import DatabaseProblem, open_database, reading, writing
+from db.tables import SchemaCompatibility
+
+logger = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 # It introduces itself at each look at the schema.
@@ -35,7 +39,7 @@ def downgrade(url: str, revision: str) -> None:
 
 
 def require_current(engine: Engine) -> None:
-    """Make sure that the database has this release's schema.
+    """Make sure that the database has this release's schema, or a later one that this release may run on, too.
 
     Raises:
         SchemaMismatch: it has not.
@@ -47,13 +51,37 @@ def require_current(engine: Engine) -> None:
     if found == needed:
         return
     database = engine.url.render_as_string(hide_password=True)
-    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+    known = {script.revision for script in scripts.walk_revisions()}
+    if found is not None and found not in known:
+        if _oldest_compatible(engine) in known:
+            logger.warning("the database is at schema revision %s, of a later release; this one may run on it", found)
+            return
         raise SchemaMismatch(
-            f"the database {database} is at schema revision {found}, which this release does not know: "
-            "run a release as new as the one that upgraded it"
+            f"the database {database} is at schema revision {found}, which this release does not know and may not run "
+            "on: run the release that upgraded it, or let that one run `moderato db downgrade`"
         )
     at = "has no tables yet" if found is None else f"is at schema revision {found}"
     raise SchemaMismatch(f"the database {database} {at}, but this release needs {needed}: run `moderato db upgrade`")
+
+
+def _oldest_compatible(engine: Engine) -> str | None:
+    """Of a later schema: the oldest revision whose release may run on it; None where that cannot be told."""
+    try:
+        with reading(engine) as connection:
+            return connection.scalar(select(SchemaCompatibility.oldest_revision))
+    except (ProgrammingError, OperationalError):
+        return None
+
+
+def _note_compatibility(connection: Connection) -> None:
+    """Write down for older releases whether they may run on what the database has become."""
+    if not inspect(connection).has_table(SchemaCompatibility.__tablename__):
+        return
+    revision = MigrationContext.configure(connection).get_current_revision()
+    assert revision is not None  # there is a table
+    script = ScriptDirectory(str(MIGRATIONS)).get_revision(revision)
+    connection.execute(delete(SchemaCompatibility))
+    connection.execute(insert(SchemaCompatibility).values(oldest_revision=script.module.oldest_compatible))
 
 
 def _migrate(url: str, step: Callable[[Config], None]) -> None:
@@ -68,5 +96,6 @@ def _migrate(url: str, step: Callable[[Config], None]) -> None:
                 connection.execute(select(func.pg_advisory_xact_lock(UPGRADE_LOCK)))
             config.attributes["connection"] = connection
             step(config)
+            _note_compatibility(connection)
     finally:
         engine.dispose()

@@ -406,6 +406,18 @@ class WebhookDelivery(Base):
     finished_at: Mapped[datetime | None]
 
 
+class SchemaCompatibility(Base):
+    """Which releases may run on these tables, for one that is older than the tables. One row, written by `db.migrate`.
+
+    Migrations add first and take away in a later release, so that workers of two releases run beside each other.
+    """
+
+    __tablename__ = "schema_compatibility"
+
+    oldest_revision: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """A release that needs this schema revision, or a later one, may."""
+
+
 CURRENT_ACTIONS = """
 SELECT community, comment_id, submission_id, action, decided_by, model_action, model_version, decided_at
 FROM (

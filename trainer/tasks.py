@@ -15,6 +15,7 @@ from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import RETRAIN_QUEUE, RETRAIN_TASK
 from config.settings import settings
 from db import queries
+from db.migrate import SchemaMismatch, require_current
 from db.outage import Outage
 from db.session import open_database, reading, writing
 from trainer.celery import app, monitor
@@ -86,11 +87,15 @@ class RunWatch(bootsteps.StartStopStep):
         try:
             with _database() as database:
                 if not self._asked:
+                    require_current(database)
                     _ask_again(database)
                     self._asked = True
                 self._fail_silent_runs(database)
                 with reading(database) as connection:
                     monitor.note(look(connection, self._longest_silence_s()))
+        except SchemaMismatch as mismatch:
+            logger.critical("cannot start: %s", mismatch)
+            raise SystemExit(1) from None
         except Exception as error:
             # Neither an absent database nor an absent Redis must end the event loop; the next look comes soon. Nobody
             # could give a sign of life meanwhile, so all are heard anew.

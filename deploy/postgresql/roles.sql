@@ -44,7 +44,7 @@ BEGIN
     REVOKE ALL ON ALL TABLES IN SCHEMA public FROM moderato_worker, moderato_trainer, moderato_client, moderato_reader;
     REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM moderato_worker, moderato_trainer, moderato_client, moderato_reader;
 
-    GRANT SELECT ON alembic_version TO moderato_worker, moderato_trainer, moderato_client, moderato_reader;
+    GRANT SELECT ON alembic_version, schema_compatibility TO moderato_worker, moderato_trainer, moderato_client, moderato_reader;
 
     GRANT SELECT, INSERT, UPDATE ON submissions, dead_letters, trials TO moderato_worker;
     GRANT SELECT, INSERT ON decisions, policies, model_versions, activations, version_loads, trial_scores, erasures

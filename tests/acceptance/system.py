@@ -184,7 +184,11 @@ class System:
 
     def start_trainer(self) -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""
-        return self._start("trainer", RETRAIN_QUEUE, "t1", QUICK_TRAINING).wait_until_ready()
+        return self.begin_trainer().wait_until_ready()
+
+    def begin_trainer(self) -> CeleryProcess:
+        """The same, not waited for."""
+        return self._start("trainer", RETRAIN_QUEUE, "t1", QUICK_TRAINING)
 
     def _start(self, app: str, queue: str, node: str, environment: Mapping[str, str]) -> CeleryProcess:
         log = self._directory / f"{app}-{len(self._processes)}.log"

@@ -6,10 +6,11 @@ import sys
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, make_url, text
 
 from config.settings import ROOT
-from db.migrate import SchemaMismatch, downgrade, require_current, upgrade
+from db.migrate import MIGRATIONS, SchemaMismatch, downgrade, require_current, upgrade
 from db.queries import add_review, record_decisions
 from db.session import open_database, reading, writing
 from db.tables import CURRENT_ACTIONS, Base
@@ -105,11 +106,32 @@ def test_a_database_without_tables_is_told_what_to_run(empty_database_url: str) 
     engine.dispose()
 
 
-def test_a_database_of_a_newer_release_is_told_apart(engine: Engine) -> None:
+def test_a_database_of_a_later_release_says_whether_this_one_may_run_on_it(engine: Engine) -> None:
+    # Given a database that a release of tomorrow has upgraded, and only added to
     with writing(engine) as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'from-tomorrow'"))
-    with pytest.raises(SchemaMismatch, match="from-tomorrow, which this release does not know"):
-        require_current(engine)
+    require_current(engine)
+    # When one of the day after has taken away what this release needs
+    with writing(engine) as connection:
+        connection.execute(text("UPDATE schema_compatibility SET oldest_revision = 'from-tomorrow'"))
+    # Then this one does not run on it; nor where it cannot be told
+    for statement in "SELECT 1", "DELETE FROM schema_compatibility", "DROP TABLE schema_compatibility":
+        with writing(engine) as connection:
+            connection.execute(text(statement))
+        with pytest.raises(SchemaMismatch, match="from-tomorrow, which this release does not know and may not run on"):
+            require_current(engine)
+
+
+def test_the_database_tells_older_releases_what_its_migration_says(engine: Engine, database_url: str) -> None:
+    scripts = ScriptDirectory(str(MIGRATIONS))
+    head = scripts.get_revision(scripts.get_current_head() or "")
+    earlier = [script.revision for script in scripts.walk_revisions()]
+    for _ in range(2):
+        with reading(engine) as connection:
+            found = connection.execute(text("SELECT oldest_revision FROM schema_compatibility")).scalars().all()
+        # Then it names a revision up to its own, also when it was upgraded again
+        assert found == [head.module.oldest_compatible] and found[0] in earlier
+        upgrade(database_url)
 
 
 def test_a_complaint_about_the_schema_hides_the_password(empty_postgres_url: str) -> None:

@@ -7,9 +7,12 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+oldest_compatible = "0002"
+"""It only adds."""
 
 
 def upgrade() -> None:
+    op.create_table("schema_compatibility", sa.Column("oldest_revision", sa.String(32), primary_key=True))
     op.add_column("decisions", sa.Column("position", sa.BigInteger))
     op.create_index("ix_decisions_position", "decisions", ["position"], unique=True)
     op.create_table(
@@ -43,7 +46,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("webhook_deliveries", "webhook_cursors", "policy_activations"):
+    for table in ("webhook_deliveries", "webhook_cursors", "policy_activations", "schema_compatibility"):
         op.drop_table(table)
     op.drop_index("ix_decisions_position", "decisions")
     op.drop_column("decisions", "position")
