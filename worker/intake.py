@@ -37,7 +37,7 @@ from config.settings import settings, without_password
 from db.migrate import require_current
 from db.outage import Outage
 from db.session import DatabaseProblem, is_outage, open_database
-from model.policy import PolicyError, read_policy
+from model.policy import PolicyError
 from model.version import VersionError
 from worker import clock
 from worker.drift import DriftWatch
@@ -46,6 +46,7 @@ from worker.job import Delivery, Item
 from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
 from worker.metrics import WorkerMetrics
 from worker.pipeline import Pipeline
+from worker.policies import PolicyFollower
 from worker.resending import Resending
 from worker.retention import Retention
 from worker.swap import VersionFollower
@@ -119,6 +120,7 @@ class Intake(bootsteps.StartStopStep):
         self._settings = settings().worker
         self._pipeline: Pipeline | None = None
         self._follower: VersionFollower | None = None
+        self._policies: PolicyFollower | None = None
         self._hub: Any = None
         self._channel: Any = None
         self._lease_timer: Any = None
@@ -206,7 +208,8 @@ class Intake(bootsteps.StartStopStep):
     def _start_pipeline(self, app: Celery, worker: str) -> Pipeline:
         database = self.database = open_database(settings().database_url)
         require_current(database)
-        policy = read_policy(settings().policy_file)
+        self._policies = PolicyFollower(database, settings())
+        policy = self._policies.load_first()
         self._follower = VersionFollower(database, settings(), worker)
         scorer = self._follower.load_first()
         self._max_held_comments = self._settings.max_held_comments or max(
@@ -218,6 +221,7 @@ class Intake(bootsteps.StartStopStep):
         )
         pipeline.start()
         self._follower.follow(pipeline.exchange, pipeline.try_out)
+        self._policies.follow(pipeline.exchange_policy)
         self.resending = Resending(database, app, settings())
         chores: dict[str, Chore] = {
             "sending durable submissions again": self.resending,
@@ -233,7 +237,7 @@ class Intake(bootsteps.StartStopStep):
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_NEW_OBJECTS, 20, 20)
-        logger.info("at most %d comments held; policy %s", self._max_held_comments, policy.version[:12])
+        logger.info("at most %d comments held", self._max_held_comments)
         return pipeline
 
     # --- messages in ---
@@ -296,16 +300,17 @@ class Intake(bootsteps.StartStopStep):
             self._pipeline.put(items)
 
     def stats(self) -> dict[str, Any]:
-        """The pipeline's counters, and how much is held."""
-        if self._pipeline is None:
+        """The pipeline's counters, how much is held, and why the active policy does not decide, if so."""
+        if self._pipeline is None or self._policies is None:
             return {}
         held = {"held_comments": self._held_comments, "max_held_comments": self._max_held_comments}
-        return self._pipeline.stats() | held
+        return self._pipeline.stats() | held | {"policy_refusal": self._policies.refusal}
 
     def look_for_activation(self) -> None:
-        """A broadcast said that there is a new one."""
-        if self._follower is not None:
+        """A broadcast said that there is a new one, of a version or of a policy."""
+        if self._follower is not None and self._policies is not None:
             self._follower.look_now()
+            self._policies.look_now()
 
     # --- acknowledgements out ---
 
@@ -371,7 +376,7 @@ def _end_without_redis() -> None:
 
 @control_command(name=ACTIVATION_CHANGED)
 def activation_changed(state: Any) -> dict[str, str]:
-    """Look at the newest activation now."""
+    """Look at the newest activations now."""
     state.consumer.intake.look_for_activation()
     return {"ok": "looking"}
 

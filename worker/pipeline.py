@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from config.names import INTERACTIVE_QUEUE, LABELS, Reason
@@ -130,7 +130,8 @@ class Pipeline:
         self._policy = policy
         self._database = database
         self._on_settled = on_settled
-        self._policy_stored = False
+        self._unstored = [policy]
+        """Policies that the database may not know yet."""
         self._outage = Outage()
         self._outage_lock = threading.Lock()
         self._writing_since: float | None = None
@@ -185,6 +186,15 @@ class Pipeline:
         """Prepare with this version from now on. What is already prepared goes on with the one that prepared it."""
         self._scorer = scorer
 
+    def exchange_policy(self, policy: Policy) -> None:
+        """Decide by this policy from the next batch on. A comment is decided by one, which its row names."""
+        # First: it is stored with the first decision by it, if not before.
+        self._unstored.append(policy)
+        self._policy = policy
+        with self._lock:
+            # Judged by this policy, their scores would be compared with decisions of the one before.
+            self._shadow, self._shadows = Line(), set()
+
     def try_out(self, trial: LiveTrial | None) -> None:
         """Give this trial's candidate its share from now on; None ends it, and what it has prepared is its last."""
         self._trial = trial
@@ -213,6 +223,7 @@ class Pipeline:
             return {
                 "uptime_s": time.monotonic() - self._started,
                 "version": scorer.version,
+                "policy_version": self._policy.version,
                 "engine": scorer.engine.description,
                 "lanes": scorer.engine.lanes,
                 "max_batch_tokens": scorer.batching.max_batch_tokens,
@@ -396,35 +407,37 @@ class Pipeline:
 
     def _compare(self, jobs: list[Job]) -> None:
         """Note what a shadow says; nothing is done by it."""
-        now = clock.now()
-        rows = [self._trial_score(item, job, now) for job in jobs for item in job.items]
+        now, policy = clock.now(), self._policy
+        rows = [self._trial_score(item, job, policy, now) for job in jobs for item in job.items]
         self._finished.put(Outcome([], trial_scores=rows))
 
-    def _trial_score(self, item: Item, job: Job, now: datetime) -> TrialScoreRow:
+    @staticmethod
+    def _trial_score(item: Item, job: Job, policy: Policy, now: datetime) -> TrialScoreRow:
         assert job.scores is not None and job.trial is not None
         scores: dict[str, Any] = dict(zip(LABELS, job.scores.labels, strict=True))
         return TrialScoreRow(
             trial_id=job.trial.trial_id,
             submission_id=item.submitted.submission_id,
             **scores,
-            action=self._policy.decide(item.submitted.comment.community, job.scores.labels).action.value,
+            action=policy.decide(item.submitted.comment.community, job.scores.labels).action.value,
             scored_at=now,
         )
 
     def _decide(self, jobs: list[Job]) -> None:
         decided = [(item, job) for job in jobs for item in job.items]
-        now = clock.now()
-        rows = [self._row(item, job, now) for item, job in decided]
+        now, policy = clock.now(), self._policy
+        rows = [self._row(item, job, policy, now) for item, job in decided]
         items = [item for item, _ in decided]
         with self._lock:
             self._counters.decided += len(rows)
         self._finished.put(Outcome([item.delivery for item in items], rows, items))
 
-    def _row(self, item: Item, job: Job, now: datetime) -> ScoredSubmission:
+    @staticmethod
+    def _row(item: Item, job: Job, policy: Policy, now: datetime) -> ScoredSubmission:
         submitted, delivery = item
         comment = submitted.comment
         assert job.scores is not None and job.started_at is not None
-        verdict = self._policy.decide(comment.community, job.scores.labels)
+        verdict = policy.decide(comment.community, job.scores.labels)
         return ScoredSubmission(
             submission_id=submitted.submission_id,
             community=comment.community,
@@ -441,7 +454,7 @@ class Pipeline:
             fired_label=verdict.label,
             fired_threshold=verdict.threshold,
             model_version=job.scorer.version,
-            policy_version=self._policy.version,
+            policy_version=policy.version,
             windows=job.scores.windows,
             truncated=False,
             # One that joined a text already on its way may have come after that one's forward pass began.
@@ -541,7 +554,9 @@ class Pipeline:
         self._writing_since = time.monotonic()
         try:
             with writing(self._database) as connection:
-                self._store_policy_once(connection)
+                unstored = self._unstored[:]
+                for policy in unstored:
+                    policies.store(connection, policy.text, now=clock.now())
                 done = record_decisions(connection, rows)
                 letters = [*letters, *(_conflict(items[index]) for index in sorted(done.conflicts))]
                 dead_letters.record(connection, letters)
@@ -549,7 +564,7 @@ class Pipeline:
         finally:
             with self._outage_lock:
                 self._writing_since = None
-        self._policy_stored = True
+        del self._unstored[: len(unstored)]
         self._count(rows if len(done.recorded) == len(rows) else [rows[index] for index in done.recorded], letters)
 
     def _count(self, decided: list[ScoredSubmission], letters: list[DeadLetterRow]) -> None:
@@ -563,10 +578,6 @@ class Pipeline:
         for letter in letters:
             about = {"submission_id": letter.dead_letter_id, "reason": letter.reason}
             logger.info("%r is a dead letter: %s", letter.dead_letter_id, letter.reason, extra=about)
-
-    def _store_policy_once(self, connection: Connection) -> None:
-        if not self._policy_stored:
-            policies.store(connection, self._policy.text, now=clock.now())
 
 
 def _log_batch(batch_id: int, version: str, lengths: list[int], ms: float) -> None:

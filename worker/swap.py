@@ -1,12 +1,10 @@
 """Which version scores: follows the newest row of `activations`, loads beside the running version, exchanges.
 
-The row is the truth, looked at every few seconds; the broadcast only makes the look come sooner. Whatever goes wrong
-with a new version, the old one goes on and the failure is a row in `version_loads`. The live trial is followed in the
-same way; one whose candidate cannot be loaded is rolled back.
+The row is the truth. Whatever goes wrong with a new version, the old one goes on and the failure is a row in
+`version_loads`. The live trial is followed in the same way; one whose candidate cannot be loaded is rolled back.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
@@ -15,7 +13,6 @@ from sqlalchemy import Engine
 from config.names import STARTER_VERSION
 from config.settings import ROOT, Settings
 from db import queries, trials
-from db.outage import Outage
 from db.queries import ActivationRow
 from db.session import reading, writing
 from db.trials import TrialRow
@@ -24,6 +21,7 @@ from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
 from worker import clock
 from worker.trial import LiveTrial
+from worker.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class VersionFollower:
         self._database = database
         self._settings = settings
         self._worker = worker
-        self._look_now = threading.Event()
+        self._watch = Watch("version", settings.worker.activation_poll_s)
         self._running: str | None = None
         self._trial: LiveTrial | None = None
         self._followed_id: int | None = None
@@ -92,30 +90,12 @@ class VersionFollower:
             exchange: is given each newly loaded scorer.
             try_out: is given each trial that begins, once its candidate is loaded, and None when it is over.
         """
-        # At once: a trial may be live, and a comment that was its candidate's should be so again.
-        self._look_now.set()
-        threading.Thread(target=self._watch, args=(exchange, try_out), name="versions", daemon=True).start()
+        # The look at once matters: a trial may be live, and a comment that was its candidate's should be so again.
+        self._watch.start(lambda: self._look(exchange, try_out), lambda: str(self._running))
 
     def look_now(self) -> None:
         """Look at the newest activation and the live trial at once rather than at the next poll."""
-        self._look_now.set()
-
-    def _watch(self, exchange: Exchange, try_out: TryOut) -> None:
-        unreachable = Outage()
-        while True:
-            poll_s = self._settings.worker.activation_poll_s
-            self._look_now.wait(max(poll_s, unreachable.pause_s()) if unreachable.lasts else poll_s)
-            # Cleared before looking: a broadcast that comes while a version loads must lead to another look.
-            self._look_now.clear()
-            try:
-                self._look(exchange, try_out)
-                if unreachable.end():
-                    logger.warning("it can be seen again which version is active")
-            except Exception as error:
-                # The database is away, or worse; the running version goes on either way.
-                if unreachable.begin():
-                    kind = type(error).__name__
-                    logger.error("cannot see which version is active (%s); %s goes on", kind, self._running)
+        self._watch.look_now()
 
     def _look(self, exchange: Exchange, try_out: TryOut) -> None:
         with reading(self._database) as connection:

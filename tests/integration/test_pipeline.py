@@ -23,6 +23,7 @@ from db.dead_letters import DeadLetterRow
 from db.queries import Result
 from db.session import open_database, reading, writing
 from model.engine import Scorer, Scores, load_scorer
+from model.policy import parse_policy
 from model.text import TextEncoder, Windows
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.outage import outage
@@ -442,6 +443,31 @@ class TestTrouble:
 
 
 class TestExchange:
+    def test_each_comment_is_decided_by_the_policy_of_its_time(self, scorer: Scorer, engine: Engine) -> None:
+        # Given comments decided by one policy
+        remove_all = parse_policy("communities: {default: {toxic: {remove: 0.0}}}")
+        moderator = Moderator(scorer, engine)
+        moderator.start()
+        moderator.deliver("before", *comments(40))
+        moderator.finish()
+        # When another one takes over, and the same texts come again
+        moderator.pipeline.exchange_policy(remove_all)
+        moderator.deliver("after", *comments(40))
+        moderator.finish()
+        # Then each was decided by the policy that it names, whether it was scored or remembered
+        found = results(engine)
+        for message_id, policy in (("before", POLICY), ("after", remove_all)):
+            for submission_id in ids(message_id, 40):
+                row = found[submission_id]
+                assert row.policy_version == policy.version
+                assert row.action == policy.decide("default", list(row.scores.values())).action
+        assert {found[each].action for each in ids("after", 40)} == {"remove"}
+        assert moderator.pipeline.stats()["policy_version"] == remove_all.version
+        # And both can be read
+        with reading(engine) as connection:
+            stored = connection.execute(text("SELECT policy_version, text FROM policies")).all()
+        assert set(stored) == {(policy.version, policy.text) for policy in (POLICY, remove_all)}
+
     def test_what_was_prepared_is_scored_by_the_version_that_prepared_it(
         self, scorer: Scorer, engine: Engine, tiny_version: Path, tmp_path: Path
     ) -> None:

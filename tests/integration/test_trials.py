@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,11 @@ from db.queries import NoSuchVersion, record_decisions
 from db.session import open_database, reading, writing
 from db.trials import NothingToTry, NoTrial, TrialIsLive, TrialRow, TrialScoreRow, record_trial_scores
 from model.engine import Scorer, Scores, load_scorer
+from model.policy import parse_policy
 from model.trial import chooses
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.rows import minutes, prepare, scored
+from tests.integration.test_pipeline import CountingEncoder
 from tests.services import wait_until
 from trainer.dataset import read_csv
 from worker.trial import LiveTrial, judge_canary
@@ -266,6 +269,10 @@ def comments(count: int) -> list[dict[str, Any]]:
     return [{"text": f"{n}: {words}"[:2_000]} for n, words in enumerate(read_csv(HOLDOUT).texts[:count])]
 
 
+def wait(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
 def failing(scorer: Scorer, *texts: str) -> Scorer:
     """The scorer, but it cannot take these texts; without any, none."""
     poison = [scorer.encode([each])[0][0] for each in texts]
@@ -360,3 +367,29 @@ class TestInThePipeline:
         row = found[f"m:{mine[1]}"]
         assert [getattr(row, label) for label in LABELS] == pytest.approx([0.99] * 6)
         assert row.action == POLICY.decide("default", [0.99] * 6).action
+
+    @pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+    def test_a_shadow_says_nothing_of_what_another_policy_decided(
+        self, scorer: Scorer, candidate: Scorer, database: Engine
+    ) -> None:
+        # Given an active version that is busy, and a shadow that waits for its turn with the same comments
+        may_go_on, encoder = threading.Event(), CountingEncoder(candidate)
+        moderator = Moderator(wrapped(scorer, before=lambda ids: wait(may_go_on)), database)
+        moderator.pipeline.try_out(LiveTrial(1, 1.0, True, replace(candidate, text_encoder=encoder)))
+        moderator.start()
+        moderator.deliver("before", *comments(20))
+        # What is prepared waits for sure when something after it is prepared; of that itself nothing is sure.
+        moderator.deliver("last", {"text": "the last one"})
+        wait_until(lambda: encoder.texts == 21, what="preparation for the shadow")
+        # When another policy takes over
+        moderator.pipeline.exchange_policy(parse_policy("communities: {default: {toxic: {remove: 0.0}}}"))
+        may_go_on.set()
+        moderator.finish()
+        moderator.deliver("after", *comments(20))
+        moderator.finish()
+        # Then the shadow speaks of what came since, by that policy
+        wanted = {f"after:{n}" for n in range(20)}
+        wait_until(lambda: set(trial_scores(database)) >= wanted, what="the shadow's scores")
+        found = trial_scores(database)
+        assert set(found) - {"last:0"} == wanted
+        assert {row.action for row in found.values()} == {"remove"}
