@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.offline import find_version, score_texts
+from cli.policies import deciding_policy
 from cli.terminal import ACTION_STYLES, out, print_json, say, shorten
 from config.names import LABELS
 
@@ -42,8 +43,7 @@ def compare(
 ) -> None:
     """Show two versions side by side, and which decisions would change on the newest stored comments.
 
-    Both score the same comments here and now, and the policy of the settings decides. Comments are shown: they may be
-    abusive.
+    Both score the same comments here and now, and the active policy decides. Comments are shown: they may be abusive.
 
     Example: moderato models compare starter-1 v20261122-160501-1f2e3d4c -n 500
     """
@@ -108,11 +108,9 @@ def _facts(manifest: "Manifest", directory: Path) -> dict[str, Any]:
 def _changes(scorers: "Sequence[Scorer]", comments: "Sequence[Result]", most: int) -> "DecisionChanges":
     import numpy as np
 
-    from config.settings import settings
     from model.comparison import compare_decisions
-    from model.policy import read_policy
 
-    policy = read_policy(settings().policy_file)
+    policy = deciding_policy()
     # The same text has the same scores, and comes often.
     place = {text: index for index, text in enumerate(dict.fromkeys(row.text for row in comments))}
     rows = np.array([place[row.text] for row in comments])

@@ -13,6 +13,7 @@ from cli import (
     explaining,
     health,
     offline,
+    policies,
     privacy,
     producing,
     report,
@@ -66,6 +67,7 @@ app.command()(training.retrain)
 app.add_typer(versions.app, name="models")
 app.command()(versions.activate)
 app.command()(versions.rollback)
+app.add_typer(policies.app, name="policy")
 app.command()(offline.score)
 app.command()(evaluating.evaluate)
 app.command(cls=TrainerCommand)(training.train)

@@ -1,4 +1,4 @@
-"""Scoring that needs neither queue nor database: `moderato score`, and what other commands score with."""
+"""Scoring without a queue: `moderato score`, and what other commands score with."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.policies import deciding_policy
 from cli.terminal import Problem, progress, say
 from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
 
@@ -28,7 +29,7 @@ def score(
     target: Annotated[Path, typer.Argument(metavar="OUT.csv", dir_okay=False)],
     text_column: Annotated[str, typer.Option(help="Column that holds the texts.")] = "comment_text",
     version: Version = STARTER_VERSION,
-    policy: Annotated[Path | None, typer.Option(help="Policy file; by default the configured one.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy file; by default the policy that is active.")] = None,
     community: Annotated[str, typer.Option(help="Whose rules of the policy decide.")] = DEFAULT_COMMUNITY,
 ) -> None:
     """Add the six scores and the action to every row of a CSV, here and now, without a queue.
@@ -43,7 +44,7 @@ def score(
     from model.engine import load_scorer
     from model.policy import read_policy
 
-    rules = read_policy(policy or settings().policy_file)
+    rules = read_policy(policy) if policy else deciding_policy()
     scorer = load_scorer(
         find_version(version),
         device=settings().worker.device,

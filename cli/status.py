@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from cli.policies import HASH_CHARS, worker_line
 from cli.terminal import out, print_json, say, shown
 from cli.versions import trial_line
 
@@ -117,6 +118,7 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
     for load in state.loads:
         refusal = "" if load.error is None else f", refused the active one: {load.error}"
         lines.append(_line("", f"{load.worker} runs {load.version}{refusal}"))
+    lines += _policy_lines(state)
     if state.trial is not None:
         lines.append(_line("trial", trial_line(state.trial)))
     if state.totals is not None:
@@ -164,6 +166,23 @@ def _moved(psi: "Mapping[str, float]") -> str:
         if level(value) != "stable"
     ]
     return ", ".join([*moved, "the others stable"] if 0 < len(moved) < len(psi) else moved or ["stable"])
+
+
+def _policy_lines(state: "Status") -> list[Text]:
+    """The active policy, and which workers decide by another; without one, by which policy each worker decides."""
+    policy, pipelines = state.policy, state.pipelines
+    if policy is None:
+        return [
+            _line("" if index else "policies", worker_line(node, stats.policy_version, stats.policy_refusal))
+            for index, (node, stats) in enumerate(pipelines.items())
+        ]
+    since = f"by {policy.activated_by} at {shown(policy.activated_at)}: {policy.reason}"
+    others = {node: stats for node, stats in pipelines.items() if stats.policy_version != policy.policy_version}
+    lines = (worker_line(node, stats.policy_version, stats.policy_refusal) for node, stats in others.items())
+    return [
+        _line("policy", f"{policy.policy_version[:HASH_CHARS]}, {since}"),
+        *(_line("", line, "yellow") for line in lines),
+    ]
 
 
 def _watched_lines(activity: "Activity", rates: "Mapping[str, PipelineRates]") -> list[Text]:

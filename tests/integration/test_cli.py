@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,70 @@ class TestReading:
         assert 0 < rows[0]["weight"] < rows[1]["weight"] < 1
         shown = moderato("review", "agreement").stdout
         assert "[red]eve │" in shown and "50.0%" in shown
+
+    def test_a_policy_is_tried_on_stored_scores_and_activated(
+        self, moderato: Moderato, client: ModerationClient, sqlite_url: str, tmp_path: Path
+    ) -> None:
+        # Given decisions of two communities, one of them reviewed, and a policy that nobody activated
+        mild, strict = tmp_path / "mild.yaml", tmp_path / "strict.yaml"
+        mild.write_text("communities: {default: {toxic: {hide: 0.9}}, kids: {inherits: news}, news: {}}")
+        strict.write_text("communities: {default: {toxic: {review: 0.4, hide: 0.9}}, news: {toxic: {remove: 0.7}}}")
+        now = datetime.now(UTC)
+        decide(
+            sqlite_url,
+            *(scored(f"s{n}", toxic=n / 10, decided_at=now - timedelta(hours=n)) for n in range(9)),
+            scored("n", community="news", toxic=0.8, decided_at=now, text="mind\x1b your words"),
+            scored("old", toxic=0.8, decided_at=now - timedelta(days=3)),
+        )
+        client.review("s8", action="remove", reviewer="ann")
+        moderato.environment["MODERATO_POLICY_FILE"] = str(mild)
+        # When it is tried, then the changes are counted, with examples, and nothing is changed
+        told = json.loads(moderato("policy", "replay", str(strict), "--since", "1d", "-n", "2", "--json").stdout)
+        assert (told["decisions"], told["changed"]) == (10, 6)
+        assert told["actions"] == {"allow": {"allow": 4, "review": 5, "remove": 1}}
+        assert told["communities"]["news"] == {"allow": {"remove": 1}}
+        [review, remove] = sorted(told["examples"], key=lambda each: len(each["examples"]), reverse=True)
+        assert [each["submission_id"] for each in review["examples"]] == ["s4", "s5"]  # the newest
+        assert (remove["from"], remove["to"]) == ("allow", "remove")
+        [example] = remove["examples"]
+        assert example["after"] == {"action": "remove", "label": "toxic", "threshold": 0.7}
+        assert example["scores"]["toxic"] == 0.8 and "text" not in example
+        shown = moderato("policy", "replay", str(strict), "--since", "all", "--community", "news", "--texts").stdout
+        assert "1 of 1 decisions (100.00%) would be others" in shown and "mind your words" in shown
+        assert "mind" not in moderato("policy", "replay", str(strict)).stdout
+        # And it is said what differs from the file that decides now, and who never submitted a comment
+        done = moderato("policy", "diff", "active", str(strict))
+        assert "no policy was ever activated" in done.stderr
+        assert "hide 0.9 " in done.stdout and "review 0.4, hide 0.9" in done.stdout
+        assert "community 'kids' never submitted a comment" in moderato("policy", "check", str(mild)).stderr
+        # When it is activated after a question, then it is the active one
+        assert "Decide by this policy" in moderato("policy", "activate", str(strict), stdin="n\n", status=1).stdout
+        assert "ever activated" in moderato("policy", "history").stderr
+        done = moderato("policy", "activate", str(strict), "--by", "ann", "--reason", "why", stdin="y\n")
+        assert "no worker answers" in done.stderr
+        version = parse_policy(strict.read_text()).version
+        shown = moderato("policy", "show").stdout
+        assert version in shown and "by ann: why" in shown
+        assert "nothing was changed" in moderato("policy", "activate", version[:6], "--yes").stderr
+        # And texts go back and forth, by their hashes too
+        assert moderato("policy", "show", "--text").stdout == strict.read_text()
+        moderato("policy", "activate", str(mild), "--yes")
+        moderato("policy", "rollback", "--reason", "too mild")
+        rows = json_lines(moderato("policy", "history", "--json").stdout)
+        assert [(row["policy_version"] == version, row["reason"]) for row in rows] == [
+            (True, "too mild"),
+            (False, "by hand"),
+            (True, "why"),
+        ]
+        told = json.loads(moderato("policy", "diff", version[:8], "active", "--json").stdout)
+        assert told == {"a": version, "b": version, "changes": []}
+        assert f"policy        {version[:12]}, by " in moderato("status").stdout
+        # And what people said of decisions stands
+        result = client.result("s8")
+        assert result is not None
+        assert (result.action, result.reviewer) == ("remove", "ann")
+        # And a name of nothing is one line
+        assert "neither a file nor `active`" in moderato("policy", "show", "absent.yaml", status=1).stderr
 
     def test_what_to_review_next(self, moderato: Moderato, sqlite_url: str) -> None:
         # Given decisions of a policy that this release cannot read, and later of ours

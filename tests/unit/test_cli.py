@@ -1,21 +1,25 @@
 """The command line without a broker or a database: what it teaches, loads, and says when something is wrong."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from cli.policies import parse_since
 from cli.status import drift_lines
 from cli.terminal import Problem, shorten
 from cli.training import parse_overrides
 from config.names import LABELS
-from config.settings import ROOT, TrainerSettings, explanations
+from config.settings import ROOT, TrainerSettings, explanations, settings
 from db.drift import Drift
 
 COMMANDS = [
@@ -41,6 +45,7 @@ COMMANDS = [
     ["models", "prune"],
     ["activate"],
     ["rollback"],
+    *(["policy", each] for each in ("show", "check", "diff", "replay", "activate", "rollback", "history")),
     ["score"],
     ["evaluate"],
     ["train"],
@@ -74,7 +79,17 @@ def test_the_help_lists_every_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "submit", "status --json", "review next", "explain 1", "review agreement"]
+    "arguments",
+    [
+        "--help",
+        "submit",
+        "status --json",
+        "review next",
+        "explain 1",
+        "review agreement",
+        "policy check config/policy.yaml",
+        "policy replay config/policy.yaml",
+    ],
 )
 def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> None:
     # Given a fresh interpreter, and nothing that answers
@@ -93,6 +108,48 @@ def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> No
     )
     # Then it ran, and neither torch nor pandas was imported for it
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_since_is_a_length_of_time() -> None:
+    now = datetime(2026, 11, 23, 12, tzinfo=UTC)
+    for said, minutes in {"30m": 30, "24h": 1_440, "7d": 10_080, "9999w": 100_789_920}.items():
+        assert parse_since(said, now) == now - timedelta(minutes=minutes)
+    assert parse_since("all", now) is None
+    for said in ("7", "d", "7 d", "-7d", "7y", "1000000d", "99999w"):
+        with pytest.raises(Problem, match="--since"):
+            parse_since(said, now)
+
+
+class TestPolicyFiles:
+    """Without a database."""
+
+    @pytest.fixture(autouse=True)
+    def no_database(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setenv("MODERATO_DATABASE_URL", f"sqlite:///{tmp_path}/absent/moderato.db")
+        settings.cache_clear()
+        yield
+        # And none was made by asking for one
+        assert not (tmp_path / "absent").exists()
+        settings.cache_clear()
+
+    def test_a_check_names_what_may_be_a_mistake(self, tmp_path: Path) -> None:
+        file = tmp_path / "policy.yaml"
+        file.write_text("communities: {default: {toxic: {hide: 0.5}}, kids: {inherits: default, threat: {hide: 0.1}}}")
+        done = CliRunner().invoke(app, ["policy", "check", str(file)])
+        assert done.exit_code == 0, done.output
+        assert "is a policy: " in done.stdout and "2 communities" in done.stdout
+        assert "warning: no rule names insult: nothing ever follows from its score" in done.stderr
+        assert "threat" not in done.stderr
+        facts = json.loads(CliRunner().invoke(app, ["policy", "check", str(file), "--json"]).stdout)
+        assert facts["communities"] == ["default", "kids"]
+        assert facts["policy_version"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert len(facts["warnings"]) == 4
+
+    def test_a_check_names_the_place_of_an_error(self, tmp_path: Path) -> None:
+        file = tmp_path / "policy.yaml"
+        file.write_text("communities: {default: {}, kids: {toxic: {hide: 7}}}")
+        said = complaint("policy", "check", str(file))
+        assert said == f"moderato: policy {file}: communities.kids.toxic.hide = 7 is not a threshold from 0 to 1"
 
 
 class TestMistakes:
