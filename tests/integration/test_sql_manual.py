@@ -39,7 +39,7 @@ def test_each_question_has_the_answer_that_is_described(engine: Engine, database
             letter("c"),
         ],
     )
-    fired = {"fired_label": "toxic", "fired_threshold": 0.9}
+    fired: dict[str, Any] = {"fired_label": "toxic", "fired_threshold": 0.9}
     rows = [
         scored("older", community="news", comment_id="42", author="ann", decided_at=minutes(-A_DAY)),
         scored(EXPLAINED, community="news", comment_id="42", author="ann", toxic=0.95, action="hide", **fired,
