@@ -85,6 +85,8 @@ def _database_url(value: str) -> str:
             raise ValueError("SQLite needs a file: several processes share the database")
         url = url.set(database=str(_from_root(Path(url.database))))
     else:
+        if not re.fullmatch(r"none|\d{1,9}", str(url.query.get("prepare_threshold", "none"))):
+            raise ValueError("prepare_threshold is none, or a number of executions")
         url = url.set(drivername="postgresql+psycopg")
     return url.render_as_string(hide_password=False)
 

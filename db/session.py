@@ -22,6 +22,8 @@ POSTGRESQL_CONNECTION = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+PREPARE_THRESHOLD = "prepare_threshold"
+"""Of a PostgreSQL URL: executions after which a statement is prepared on its connection, or `none`."""
 
 
 class DatabaseProblem(Exception):
@@ -33,12 +35,18 @@ def open_database(url: str) -> Engine:
 
     Args:
         url: `sqlite:////path/to/file.db`, whose folder is created, or `postgresql+psycopg://user@host/name`.
+            `?prepare_threshold=none` is for a pooler that may give every transaction another connection: it would not
+            know what was prepared on the last.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed)
+    connection: dict[str, Any] = dict(POSTGRESQL_CONNECTION)
+    if (threshold := parsed.query.get(PREPARE_THRESHOLD)) is not None:
+        connection[PREPARE_THRESHOLD] = None if threshold == "none" else int(str(threshold))
+        parsed = parsed.difference_update_query([PREPARE_THRESHOLD])
     # Parameters stay out of errors, and so out of logs: they are what people wrote.
-    return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=POSTGRESQL_CONNECTION)
+    return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=connection)
 
 
 @contextmanager

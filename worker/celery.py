@@ -12,6 +12,7 @@ from config.names import MODERATE_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import SettingsError, settings
 from worker import transport
 from worker.intake import Intake
+from worker.namesake import look_for_namesake
 
 STDERR = 2
 """The process's own: Celery puts its log in the place of Python's."""
@@ -55,3 +56,8 @@ app.steps["consumer"].add(Intake)
 def _answer_sigusr1_with_stacks_alone(**_: Any) -> None:
     # Celery's own answer prints what every thread's local variables hold: comments.
     faulthandler.register(signal.SIGUSR1, file=STDERR)
+
+
+@worker_ready.connect
+def _look_for_namesake(sender: Any, **_: Any) -> None:
+    look_for_namesake(app, sender.hostname)

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, delete, insert, select, text, update
+from sqlalchemy import Engine, delete, insert, make_url, select, text, update
 
 from db import session
 from db.session import is_outage, open_database, reading, writing
@@ -206,3 +206,17 @@ class TestOutagesOfBoth:
 
     def test_what_is_not_the_databases_is_no_outage(self) -> None:
         assert not is_outage(ValueError("no"))
+
+
+class TestPooler:
+    @pytest.mark.parametrize("query, prepares", [("", True), ("?prepare_threshold=none", False)])
+    def test_nothing_is_prepared_where_the_url_says_so(self, postgres_url: str, query: str, prepares: bool) -> None:
+        """A pooler in transaction mode hands the next transaction to a connection where it is not."""
+        url = make_url(postgres_url).update_query_string(query.removeprefix("?")).render_as_string(hide_password=False)
+        engine = open_database(url)
+        with reading(engine) as connection:
+            for _ in range(10):
+                connection.scalar(select(Policy.policy_version))
+            prepared = connection.scalar(text("SELECT COUNT(*) FROM pg_prepared_statements WHERE NOT from_sql"))
+        engine.dispose()
+        assert bool(prepared) == prepares

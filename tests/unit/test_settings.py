@@ -148,6 +148,12 @@ class TestUrls:
     def test_another_database_is_refused(self, url: str) -> None:
         assert "expected a URL" in complaint({"MODERATO_DATABASE_URL": url})
 
+    def test_what_is_prepared_is_a_number_or_none(self) -> None:
+        for threshold in ("none", "7"):
+            load_settings({"MODERATO_DATABASE_URL": f"postgresql://db/x?prepare_threshold={threshold}"})
+        said = complaint({"MODERATO_DATABASE_URL": "postgresql://me:secret@db/x?prepare_threshold=never"})
+        assert said.endswith("is wrong: prepare_threshold is none, or a number of executions")
+
 
 class TestPasswords:
     @pytest.mark.parametrize(
