@@ -163,6 +163,37 @@ class TestServices:
         assert grace_s > load_settings({}).worker.visibility_timeout_s
 
 
+class TestMonitoring:
+    def test_prometheus_asks_every_worker_and_trainer_under_the_names_that_the_alerts_know(self) -> None:
+        def jobs(file: str) -> dict[str, Any]:
+            config = yaml.safe_load((ROOT / "deploy" / file / "prometheus.yml").read_text(encoding="utf-8"))
+            assert config["rule_files"] == ["alerts.yml"]
+            return {job["job_name"]: job for job in config["scrape_configs"]}
+
+        composed = jobs("compose")
+        assert composed.keys() == jobs("prometheus").keys()
+        metrics = load_settings(image_environment("Dockerfile")).metrics
+        parts = {"worker": metrics.worker_port, "trainer": metrics.trainer_port}
+        for part, port in parts.items():
+            [found] = composed[f"moderato-{part}"]["dns_sd_configs"]
+            assert (set(found["names"]), found["port"]) == ({part, f"{part}-gpu"}, port)
+            assert set(found["names"]) <= OURS.keys()
+
+    def test_grafana_finds_prometheus_and_the_dashboard(self) -> None:
+        found = {
+            kind: yaml.safe_load((ROOT / "deploy" / "compose" / f"grafana-{kind}.yml").read_text(encoding="utf-8"))
+            for kind in ("datasources", "dashboards")
+        }
+        [source] = found["datasources"]["datasources"]
+        assert source["url"] == "http://prometheus:9090"
+        assert set(SERVICES["grafana"]["networks"]) & set(SERVICES["prometheus"]["networks"])
+        [provider] = found["dashboards"]["providers"]
+        mounted = {volume.split(":")[1] for volume in SERVICES["grafana"]["volumes"]}
+        assert f"{provider['options']['path']}/moderato.json" in mounted
+        for kind in found:
+            assert f"/etc/grafana/provisioning/{kind}/moderato.yml" in mounted
+
+
 class TestProcesses:
     @pytest.mark.parametrize("name", OURS)
     def test_what_is_set_is_a_setting(self, name: str, secrets: Path) -> None:
