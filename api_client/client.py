@@ -6,9 +6,10 @@ Owns the producer's side of the queue. Imports neither torch nor the model: task
 import hashlib
 import json
 import logging
+import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -19,22 +20,25 @@ from uuid import uuid4
 
 from celery import Celery
 from kombu import Connection as BrokerConnection
-from kombu.exceptions import KombuError
 from kombu.pidbox import Mailbox
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import DBAPIError
 
+from api_client import following
+from api_client.connecting import transport_options
 from api_client.explaining import explanation
 from api_client.limits import Limits, TryLater
+from api_client.listening import BROKER_ERRORS, AnswerLines, Nudges
 from api_client.pipeline_stats import PipelineStats
 from api_client.publishing import ask, new_task_id, push
 from api_client.retrying import NotRetryable, comments_of
+from api_client.waiting import SetAside, Verdict, verdict_of, wait_for_verdict
 from config.comment import Comment
 from config.comment import explain as explain_refusal
 from config.names import (
     ACTIVATION_CHANGED,
+    ANSWER_TO_HEADER,
     DEFAULT_COMMUNITY,
     ENQUEUED_AT_HEADER,
     MAX_POLICY_BYTES,
@@ -51,7 +55,7 @@ from config.names import (
     Reason,
 )
 from config.settings import settings, trainer_settings, without_password
-from db import dead_letters, explain, policies, privacy, pruning, queries, reviews, trials
+from db import dead_letters, explain, feed, policies, privacy, pruning, queries, reviews, trials, webhooks
 from db.dead_letters import AlreadyDecided, DeadLetterRow
 from db.drift import Drift, measure_drift
 from db.durable import PendingSubmission, database_time, record_pending
@@ -69,15 +73,11 @@ RESEND_PAUSES_S = (0.2, 1.0)
 DURABLE_RESEND_PAUSES_S = (0.0,)
 """The same of what is durable, which somebody else sends later: once more, as a kept connection may be stale."""
 MAX_CONNECTIONS = 10
-CONNECT_TIMEOUT_S = 3
-SOCKET_TIMEOUT_S = 15
 ANSWER_TIMEOUT_S = 1.0
 FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 
 KEPT = "durable submissions are kept in the database, and sent when a worker finds them waiting there"
 SAFE_AGAIN = "an idempotency_key makes it safe to submit them again"
-
-BROKER_ERRORS = (KombuError, RedisError, OSError)
 
 Answer = TypeVar("Answer")
 
@@ -94,6 +94,11 @@ class InvalidComment(Exception):
 
 class WaitTimeout(Exception):
     """Some submissions have no outcome in time; the message says how many and where to look."""
+
+    def __init__(self, message: str, submission_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.submission_ids = list(submission_ids)
+        """Those that have none; they may still be decided."""
 
 
 class RefusedByGate(DatabaseProblem):
@@ -257,20 +262,14 @@ class ModerationClient:
             accept_content=["json"],
             task_ignore_result=True,
             task_publish_retry=False,  # `_with_broker` sends again
-            broker_transport_options={
-                "socket_connect_timeout": CONNECT_TIMEOUT_S,
-                "socket_timeout": SOCKET_TIMEOUT_S,
-                # Of the first connection: by default kombu tries for ever.
-                "max_retries": 1,
-                "interval_start": 0.1,
-                **broker_options,
-            },
+            broker_transport_options=transport_options(broker_options),
         )
 
         # Our own pools: Celery's are shared by every app with the same URL in the process, and are not ours to close.
         self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
         # Waiting for answers leaves a BRPOP in flight, whose reply the next command there would take for its own.
         self._asking_connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
+        self._answer_lines = AnswerLines(self._app.connection_for_write)
 
     def __enter__(self) -> Self:
         return self
@@ -282,6 +281,7 @@ class ModerationClient:
 
     def close(self) -> None:
         """Close every connection."""
+        self._answer_lines.close()
         self._asking_connections.force_close_all()
         self._connections.force_close_all()
         self._app.close()
@@ -345,6 +345,51 @@ class ModerationClient:
         durable = self._settings.durable if durable is None else durable
         return self._send([_checked_form(comment, durable)], queue, durable, SubmissionIds())[0]
 
+    def moderate(
+        self,
+        text: str,
+        *,
+        timeout_s: float,
+        queue: str = MODERATE_QUEUE,
+        durable: bool | None = None,
+        **comment: Any,
+    ) -> Verdict:
+        """Send one comment and wait for its decision, which the worker pushes here as soon as it is committed.
+
+        Args:
+            timeout_s: from when the comment is sent.
+            queue: `toxicity.interactive` passes by what waits in the other queues, where a worker's `-Q` names it.
+            comment: any other argument of `submit`.
+
+        Raises:
+            WaitTimeout: there is no decision in time. It may still come: `submission_ids` says under which id.
+            SetAside: the comment became a dead letter, such as one that expired.
+            InvalidComment, QueueFull, RateLimited: as `submit`; the idempotency key of another text, too.
+        """
+        durable = self._settings.durable if durable is None else durable
+        form = _checked_form({**comment, "text": text}, durable)
+        with self._answer_lines.borrow() as line:
+            token = None if line is None else line.token
+            [submission_id] = self._send([form], queue, durable, SubmissionIds(), answer_to=token)
+            verdict = wait_for_verdict(submission_id, line, lambda: self._verdict(submission_id, form), timeout_s)
+        if verdict is None:
+            raise WaitTimeout(
+                f"{submission_id} has no decision after {timeout_s:g} s; it may still come. `moderato status` says "
+                "whether a worker runs and how many comments wait",
+                [submission_id],
+            )
+        return verdict
+
+    def _verdict(self, submission_id: str, form: Mapping[str, Any]) -> Verdict | None:
+        with self._reading() as connection:
+            result = queries.result(connection, submission_id)
+            letter = None if result else dead_letters.by_id(connection, [submission_id]).get(submission_id)
+        if letter is not None:
+            raise SetAside(letter)
+        if result is not None and result.text_sha256 != _text_sha256(form):
+            raise InvalidComment(_key_is_taken(submission_id))
+        return None if result is None else verdict_of(result)
+
     def submit_many(
         self,
         comments: Iterable[str | Mapping[str, Any]],
@@ -391,9 +436,20 @@ class ModerationClient:
                 on_sent(ids[sent:])
         return ids
 
-    def _send(self, comments: list[dict[str, Any]], queue: str, durable: bool, ids: SubmissionIds) -> SubmissionIds:
+    def _send(
+        self,
+        comments: list[dict[str, Any]],
+        queue: str,
+        durable: bool,
+        ids: SubmissionIds,
+        *,
+        answer_to: str | None = None,
+    ) -> SubmissionIds:
         messages = _in_messages(comments)
-        own_headers = {SUBMITTED_AT_HEADER: time.time()}
+        submitted_at = time.time()
+        own_headers: dict[str, float | str] = {SUBMITTED_AT_HEADER: submitted_at}
+        if answer_to is not None:
+            own_headers[ANSWER_TO_HEADER] = answer_to
         limits: Limits | None = Limits.of(comments, self._settings)
 
         def ask_first() -> None:
@@ -412,7 +468,7 @@ class ModerationClient:
 
         if durable:
             is_there = self._if_broker_is_there(ask_first)
-            own_headers[ENQUEUED_AT_HEADER] = self._commit(messages, queue, own_headers[SUBMITTED_AT_HEADER])
+            own_headers[ENQUEUED_AT_HEADER] = self._commit(messages, queue, submitted_at)
             # A process that dies here has submitted them: a worker's sweeper sends what nobody did.
             if is_there:
                 self._if_broker_is_there(publish)
@@ -436,10 +492,7 @@ class ModerationClient:
                     for comment, submission_id in zip(comments, ids, strict=True)
                 ]
                 if taken := record_pending(connection, rows):
-                    raise InvalidComment(
-                        f"the idempotency key {taken[0]!r} was used before with another text; nothing was submitted: "
-                        "use a new key for an edited comment"
-                    )
+                    raise InvalidComment(_key_is_taken(taken[0]))
         except DatabaseProblem as problem:
             raise DatabaseProblem(
                 f"{problem}; {len(comments)} comments were not submitted, unless the answer to the commit was lost: "
@@ -495,7 +548,8 @@ class ModerationClient:
             if left_s <= 0:
                 raise WaitTimeout(
                     f"{len(missing)} of {total} comments have no decision after {timeout_s:g} s, the first of them "
-                    f"{next(iter(missing))}; `moderato status` says whether a worker runs and how many still wait"
+                    f"{next(iter(missing))}; `moderato status` says whether a worker runs and how many still wait",
+                    list(missing),
                 )
             time.sleep(min(pause_s, left_s))
             pause_s = min(pause_s * 1.5, LONGEST_POLL_S)
@@ -525,6 +579,48 @@ class ModerationClient:
         """The id of the newest submission of a comment, decided or not; None where there is none."""
         with self._reading() as connection:
             return explain.newest_submission(connection, community=community, comment_id=comment_id)
+
+    def follow(
+        self,
+        cursor: str | None = None,
+        *,
+        since: datetime | None = None,
+        community: str | None = None,
+        actions: Collection[str] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Generator[feed.DecidedResult, None, None]:
+        """Every decision as it is made, in the order in which they are handed on; never ends by itself. `close` it.
+
+        Keep the `cursor` of the last one that was dealt with, and begin there the next time: none is missed, and those
+        after it come again. Outages of Redis or the database are waited for. See docs/feed.md.
+
+        Args:
+            cursor: begin after the decision that it came with; without it, and `since`, with the next decision.
+            since: begin with what was decided then or later.
+            community: only decisions on its comments.
+            actions: only decisions for one of these actions, by the model, whatever reviewers made of them since.
+            stop: ends it within a second when it is set.
+
+        Raises:
+            ValueError: the cursor is none, there is also a `since`, or an action is unknown.
+            DatabaseProblem: where to begin cannot be found out; a cursor needs no asking.
+        """
+        if cursor is not None and since is not None:
+            raise ValueError("give a cursor or a time to begin at, not both")
+        if unknown := sorted(set(actions or ()) - set(Action)):
+            raise ValueError(f"unknown action {unknown[0]!r}; the actions are {', '.join(Action)}")
+        return following.follow(
+            self._reading,
+            Nudges(self._app.connection_for_write),
+            self._position(since) if cursor is None else feed.position_of(cursor),
+            community=community,
+            actions=actions,
+            stop=stop or threading.Event(),
+        )
+
+    def _position(self, since: datetime | None) -> int:
+        with self._reading() as connection:
+            return feed.settled_position(connection) if since is None else feed.position_before(connection, since)
 
     def dead_letters(self, *, limit: int | None = 100, reason: Reason | None = None) -> list[DeadLetterRow]:
         """The newest comments and messages that could not be decided, newest first, each with its reason."""
@@ -976,6 +1072,27 @@ class ModerationClient:
         with suppress(*BROKER_ERRORS), self._connections.acquire(block=True) as broker:
             _mailbox(WORKER_CONTROL_EXCHANGE, broker).abcast(ACTIVATION_CHANGED)
 
+    # --- Webhooks ------------------------------------------------------------------------------------------------
+
+    def webhook_backlogs(self) -> dict[str, webhooks.Backlog]:
+        """How the deliveries of each endpoint stand, by its name."""
+        with self._reading() as connection:
+            return webhooks.backlogs(connection)
+
+    def dead_deliveries(self, *, endpoint: str | None = None, limit: int | None = 100) -> list[webhooks.DeadDelivery]:
+        """The deliveries that were given up, newest first."""
+        with self._reading() as connection:
+            return webhooks.dead(connection, endpoint=endpoint, limit=limit)
+
+    def retry_dead_deliveries(
+        self, *, endpoint: str | None = None, submission_ids: Collection[str] | None = None
+    ) -> int:
+        """Have deliveries that were given up tried again, those that fit all that is given; how many there were."""
+        with self._writing() as connection:
+            return webhooks.retry(
+                connection, endpoint=endpoint, submission_ids=submission_ids, now=database_time(connection)
+            )
+
     # --- The system ----------------------------------------------------------------------------------------------
 
     def nodes(self) -> tuple[list[str], list[str]]:
@@ -1156,7 +1273,7 @@ def _pending(
         comment_id=form.get("id", submission_id),
         author=form.get("author"),
         text=form["text"],
-        text_sha256=hashlib.sha256(form["text"].encode()).hexdigest(),
+        text_sha256=_text_sha256(form),
         language=form.get("language"),
         context=form.get("context"),
         created_at=_time(form.get("created_at")),
@@ -1164,6 +1281,17 @@ def _pending(
         queue=queue,
         expires_at=_time(form.get("expires_at")),
         enqueued_at=now,
+    )
+
+
+def _text_sha256(form: Mapping[str, Any]) -> str:
+    return hashlib.sha256(form["text"].encode()).hexdigest()
+
+
+def _key_is_taken(idempotency_key: str) -> str:
+    return (
+        f"the idempotency key {idempotency_key!r} was used before with another text; nothing was submitted: "
+        "use a new key for an edited comment"
     )
 
 

@@ -38,7 +38,7 @@ def push(
     broker: Connection,
     queue: str,
     messages: Sequence[tuple[str, list[dict[str, Any]]]],
-    own_headers: Mapping[str, float],
+    own_headers: Mapping[str, float | str],
     limits: Limits | None = None,
 ) -> None:
     """Append messages to a queue, all of them or none, in their order.

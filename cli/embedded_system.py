@@ -1,4 +1,4 @@
-"""The whole system on one machine: Redis, database, worker and trainer, started together and stopped in order."""
+"""The whole system on one machine: Redis, database, worker, trainer, webhooks; started together, stopped in order."""
 
 import ctypes
 import os
@@ -21,8 +21,9 @@ from config.settings import ROOT, Settings
 LOG_DIRECTORY = ROOT / "var" / "log"
 READY_TIMEOUT_S = 120
 """The worker answers once its model is loaded and checked."""
-STOP_TIMEOUT_S = {"worker": 30.0, "trainer": 5.0}
-"""The worker finishes what it holds; a training is not waited for, and changes nothing where it is cut off."""
+STOP_TIMEOUT_S = {"worker": 30.0, "trainer": 5.0, "webhooks": 30.0}
+"""The worker finishes what it holds; a training is not waited for, and changes nothing where it is cut off. What is
+being posted to an endpoint comes to its end, or would be posted again."""
 WATCH_S = 1.0
 SHORTEST_LIFE_S = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,8 +36,7 @@ class Service:
     """A process we started, in a session and so a process group of its own."""
 
     name: str
-    """Of the process, and of the package that holds its Celery app."""
-    queue: str
+    command: list[str]
     process: "subprocess.Popen[bytes]"
     log: Path
     log_start: int
@@ -77,9 +77,9 @@ def embedded_system(settings: Settings) -> Iterator[list[Service]]:
                 with signals.deferred():
                     redis.start()
             upgrade(settings.database_url)
-            for name, queue in (("worker", MODERATE_QUEUE), ("trainer", RETRAIN_QUEUE)):
+            for name, command in _commands(settings).items():
                 with signals.deferred():
-                    services.append(_start(name, queue))
+                    services.append(_start(name, command))
             _wait_until_ready(services)
             yield services
         finally:
@@ -137,17 +137,26 @@ class _Signals:
         raise SystemExit(128 + self._received)
 
 
-def _start(name: str, queue: str) -> Service:
+def _commands(settings: Settings) -> dict[str, list[str]]:
+    """What the README tells people to run, by the name of the process."""
+    commands = {}
+    for app, queue in (("worker", MODERATE_QUEUE), ("trainer", RETRAIN_QUEUE)):
+        celery = [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", queue]
+        commands[app] = [*celery, "-n", f"{app}@%h", "--loglevel", "INFO"]
+    if settings.webhooks.endpoints:
+        commands["webhooks"] = [sys.executable, "-m", "cli.main", "webhooks", "run"]
+    return commands
+
+
+def _start(name: str, command: list[str]) -> Service:
     LOG_DIRECTORY.mkdir(parents=True, exist_ok=True)
     log = LOG_DIRECTORY / f"{name}.log"
-    # What the README tells people to run: celery -A worker worker -Q toxicity
-    command = [sys.executable, "-m", "celery", "-A", name, "worker", "-Q", queue]
     with log.open("ab") as output:
         return Service(
             name,
-            queue,
+            command,
             subprocess.Popen(
-                [*command, "-n", f"{name}@%h", "--loglevel", "INFO"],
+                command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -170,7 +179,7 @@ def _die_with_parent() -> None:
 def _wait_until_ready(services: list[Service]) -> None:
     from api_client.client import BrokerUnavailable, ModerationClient
 
-    expected = {f"{service.name}@{socket.gethostname()}" for service in services}
+    expected = {f"{name}@{socket.gethostname()}" for name in ("worker", "trainer")}
     deadline = time.monotonic() + READY_TIMEOUT_S
     with ModerationClient() as client, err.status("starting the worker and the trainer"):
         while True:
@@ -207,7 +216,7 @@ def keep_running(services: list[Service]) -> None:
                 _check_alive([service])
             service.send(signal.SIGKILL)  # a child of its pool may be left
             say(f"the {service.name} ended with status {service.process.returncode}; starting it again")
-            services[index] = _start(service.name, service.queue)
+            services[index] = _start(service.name, service.command)
 
 
 def _kill(services: list[Service]) -> None:

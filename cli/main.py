@@ -23,6 +23,7 @@ from cli import (
     training,
     trials,
     versions,
+    webhooks,
 )
 from cli.terminal import say
 from cli.trainer_options import TrainerCommand
@@ -77,6 +78,7 @@ app.add_typer(trials.canary, name="canary")
 app.add_typer(trials.shadow, name="shadow")
 app.add_typer(trials.ab, name="ab")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(system.database, name="db")
 
 if __name__ == "__main__":

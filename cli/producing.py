@@ -5,7 +5,9 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from contextlib import closing, suppress
+from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, progress, say, shorten, shown
+from cli.times import past
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
@@ -106,21 +109,48 @@ def results(
     ] = None,
     min_score: Annotated[float | None, typer.Option(min=0, max=1, help="Least score, of --label or of any.")] = None,
     version: Annotated[str | None, typer.Option(help="Model version that decided.")] = None,
-    since: Annotated[datetime | None, typer.Option(help="Decided then or later, UTC.")] = None,
-    until: Annotated[datetime | None, typer.Option(help="Decided before then, UTC.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d ago, or a date and time, UTC."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Decided before then.")] = None,
     order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = "newest",
     limit: Annotated[int, typer.Option(min=0, help="Most rows; 0 shows all.")] = 20,
     text: Annotated[bool, typer.Option("--text", help="Show the comments too. They may be abusive.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with all six scores.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Show each as it is decided, until Ctrl-C: from now on, or from --since."),
+    ] = False,
+    after: Annotated[
+        str | None, typer.Option(metavar="CURSOR", help="With --follow: go on after the decision that this came with.")
+    ] = None,
 ) -> None:
-    """Show decisions, newest first.
+    """Show decisions, newest first; or with --follow all that come, in the order in which they are recorded.
 
     Example: moderato results --action hide --limit 50
 
     Example: moderato results --label threat --min-score 0.5 --json
+
+    Example: moderato results --follow --since 10m --action hide
     """
     from api_client.client import ModerationClient
 
+    if follow:
+        others = {
+            "--comment-id": comment_id,
+            "--author": author,
+            "--label": label,
+            "--min-score": min_score,
+            "--version": version,
+            "--until": until,
+        }
+        if given := [option for option, value in others.items() if value is not None]:
+            raise Problem(f"--follow does not go with {given[0]}: it takes --community, --action, --since or --after")
+        _follow(community, action, past(since) if since else None, after, as_json=as_json, with_text=text)
+        return
+    if after is not None:
+        raise Problem("--after goes with --follow: moderato results --follow --after CURSOR")
     with ModerationClient() as client:
         rows = client.results(
             community=community,
@@ -130,28 +160,76 @@ def results(
             label=label,
             min_score=min_score,
             model_version=version,
-            since=None if since is None else since.replace(tzinfo=since.tzinfo or UTC),
-            until=None if until is None else until.replace(tzinfo=until.tzinfo or UTC),
+            since=past(since) if since else None,
+            until=past(until) if until else None,
             order=order,
             limit=limit or None,
         )
         _show(rows, as_json=as_json, with_text=text)
 
 
+def _follow(
+    community: str | None,
+    action: Action | None,
+    since: datetime | None,
+    after: str | None,
+    *,
+    as_json: bool,
+    with_text: bool,
+) -> None:
+    from api_client.client import ModerationClient
+
+    cursor = after
+    with ModerationClient() as client:
+        try:
+            actions = None if action is None else [action]
+            feed = client.follow(after, since=since, community=community, actions=actions)
+        except ValueError as error:
+            raise Problem(str(error)) from None
+        with closing(feed), suppress(KeyboardInterrupt):
+            for row in feed:
+                if as_json:
+                    print_json(_values(row, with_text=with_text) | {"cursor": row.cursor})
+                else:
+                    _print_line(row, with_text=with_text)
+                sys.stdout.flush()
+                cursor = row.cursor
+    if cursor is not None:
+        say(f"go on from here: moderato results --follow --after {cursor}")
+
+
+def _print_line(row: "Result", *, with_text: bool) -> None:
+    parts = [
+        (f"{shown(row.decided_at)}  ", "dim"),
+        (f"{row.submission_id}  ", ""),
+        (f"{row.action:<7}", ACTION_STYLES[row.action]),
+        (f"{_reason(row):<20}  {row.reviewer or row.model_version}", ""),
+        (f"  {shorten(row.text)}" if with_text else "", ""),
+    ]
+    out.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _reason(row: "Result") -> str:
+    return "" if row.fired_label is None else f"{row.fired_label} {getattr(row, row.fired_label):.2f}"
+
+
+def _values(row: "Result", *, with_text: bool) -> dict[str, Any]:
+    names = [column.name for column in fields(row) if column.name != "position"]
+    return {name: getattr(row, name) for name in names if with_text or name != "text"}
+
+
 def _show(rows: "Iterable[Result]", *, as_json: bool, with_text: bool) -> None:
     if as_json:
         for row in rows:
-            values = {name: getattr(row, name) for name in row.__slots__}
-            print_json(values if with_text else {name: value for name, value in values.items() if name != "text"})
+            print_json(_values(row, with_text=with_text))
         return
     table = Table("decided", "submission", "action", "because of", "decided by", *(["comment"] if with_text else []))
     for row in rows:
-        reason = "" if row.fired_label is None else f"{row.fired_label} {getattr(row, row.fired_label):.2f}"
         table.add_row(
             shown(row.decided_at),
             Text(row.submission_id),
             Text(row.action, ACTION_STYLES[row.action]),
-            reason,
+            _reason(row),
             Text(row.reviewer or row.model_version),
             *([Text(shorten(row.text))] if with_text else []),
         )

@@ -10,7 +10,8 @@ database = typer.Typer(help="Bring the database to this release's tables, or bac
 
 
 def up() -> None:
-    """Run everything on this machine until Ctrl-C: Redis (unless another broker is set), worker and trainer.
+    """Run everything on this machine until Ctrl-C: Redis (unless another broker is set), worker and trainer, and
+    `moderato webhooks run` where endpoints are set.
 
     Example: moderato up
     """
@@ -20,7 +21,7 @@ def up() -> None:
     chosen = settings()
     with embedded_system(chosen) as services:
         say(
-            f"worker and trainer are running; Ctrl-C stops them\n\n"
+            f"{', '.join(service.name for service in services)} are running; Ctrl-C stops them\n\n"
             f"  broker    {without_password(chosen.broker_url)}\n"
             f"  database  {without_password(chosen.database_url)}\n"
             f"  logs      {LOG_DIRECTORY}\n\n"

@@ -47,6 +47,30 @@ SUBMITTED_AT_HEADER = "submitted_at"
 ENQUEUED_AT_HEADER = "enqueued_at"
 """Message header of durable submissions: when they were put on the queue, by the database's clock, in such seconds."""
 
+ANSWER_TO_HEADER = "answer_to"
+"""Message header of a producer that waits: a token of its own making, up to MAX_ANSWER_TOKEN_CHARS letters, digits and
+hyphens. When the message's last comment is decided, each decision is published on ANSWER_CHANNEL and the token."""
+MAX_ANSWER_TOKEN_CHARS = 64
+ANSWER_CHANNEL = "moderato.answer."
+"""Redis pub/sub channels of the answers, as the next; before each stand the prefix of all keys and `/<database>.`, as
+kombu has it. What is published there may be lost, the database's rows are not."""
+ANSWERED = (
+    "submission_id",
+    "community",
+    "comment_id",
+    *LABELS,
+    "action",
+    "fired_label",
+    "fired_threshold",
+    "model_version",
+    "policy_version",
+    "windows",
+    "decided_at",
+)
+"""What an answer says of a decision, a JSON object: columns of its rows."""
+DECIDED_CHANNEL = "moderato.decided"
+"""Says that something was decided, not what."""
+
 MAX_COMMENTS_PER_MESSAGE = 256
 MAX_TEXT_BYTES = 20_480
 """Longest text in bytes of UTF-8: what the Perspective API allowed."""

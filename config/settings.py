@@ -6,8 +6,10 @@ Owns reading, checking and explaining settings. An unknown or wrong key stops th
 silently ignored a misspelt threshold would moderate by a policy nobody wrote.
 """
 
+import base64
 import difflib
 import hashlib
+import ipaddress
 import os
 import re
 import types
@@ -15,18 +17,31 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+
+from config.names import Action
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository; relative paths in settings start here, wherever the command was run."""
 
 PREFIX = "MODERATO_"
 CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
+ENVIRONMENT = "the environment"
 SECRET_SUFFIX = "_FILE"
 """Of a variable that names the file a setting's value stands in: MODERATO_BROKER_URL_FILE=/run/secrets/broker_url."""
 SECRET_ORIGIN = "the secret file "
@@ -131,6 +146,79 @@ class MetricsSettings(Section):
     trainer_port: int = Field(ge=0, le=65_535)
 
 
+class EndpointSettings(Section):
+    """See config/default.yaml for each setting's meaning."""
+
+    allow_http: bool = False
+    url: str
+    """Checked with the one before it."""
+    min_action: Action
+    communities: list[str] = []
+    timeout_s: float = Field(10, gt=0, le=60)
+    include_text: bool = False
+    secret: SecretStr | None = None
+    """One or, while it is being changed, two with a space between them."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str, info: ValidationInfo) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("https", "http") or not url.hostname:
+            raise ValueError("expected a URL that begins with https:// or http:// and names a host")
+        if url.scheme == "http" and not info.data.get("allow_http") and not _is_this_machine(url.hostname):
+            raise ValueError(
+                "whoever is on the way could read and change what is posted by http://: use https://, or set "
+                "allow_http where the network is yours"
+            )
+        return value
+
+    @field_validator("secret")
+    @classmethod
+    def _check_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None:
+            keys = _signing_keys(secret.get_secret_value())
+            if not 1 <= len(keys) <= 2 or not all(24 <= len(key) <= 64 for key in keys):
+                raise ValueError(SECRET_FORM)
+        return secret
+
+    @property
+    def signing_keys(self) -> list[bytes]:
+        """Those that sign what is posted, each."""
+        return [] if self.secret is None else _signing_keys(self.secret.get_secret_value())
+
+
+SECRET_FORM = (
+    "expected whsec_ and the base64 of 24 to 64 random bytes, as of `echo whsec_$(openssl rand -base64 32)`; "
+    "or two of them with a space between"
+)
+
+
+def _signing_keys(secret: str) -> list[bytes]:
+    try:
+        return [base64.b64decode(each.removeprefix("whsec_"), validate=True) for each in secret.split()]
+    except ValueError:
+        return []
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+EndpointName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+"""As a variable of the environment can name it."""
+
+
+class WebhookSettings(Section):
+    """See config/default.yaml for each setting's unit and reason."""
+
+    endpoints: dict[EndpointName, EndpointSettings]
+    max_attempts: int = Field(ge=1, le=1_000)
+    keep_days: float = Field(gt=0, le=3_650)
+
+
 class PrivacySettings(Section):
     """See config/default.yaml for each setting's unit and reason."""
 
@@ -220,6 +308,7 @@ class Settings(Section):
     log_format: Literal["text", "json"]
     metrics: MetricsSettings
     client: ClientSettings
+    webhooks: WebhookSettings
     worker: WorkerSettings
     trial: TrialSettings
     privacy: PrivacySettings
@@ -309,13 +398,20 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     if named := environment.get(CONFIG_FILE_VARIABLE):
         layers.append(_read_yaml(_from_root(Path(named))))
     secrets = secret_files(environment)
-    layers.append((_from_environment(environment, secrets), "the environment"))
+    layers.append((_from_environment(environment, secrets), ENVIRONMENT))
     layers += [_read_secret(variable, path) for variable, path in secrets.items()]
 
     merged: dict[str, Any] = {}
     origin: dict[tuple[str, ...], str] = {}
     for values, name in layers:
         _merge(values, into=merged, origin=origin, name=name, path=())
+    for path, name in origin.items():
+        if path[-1] == "secret" and name != ENVIRONMENT and not name.startswith(SECRET_ORIGIN):
+            variable = f"{PREFIX}{'__'.join(path).upper()}"
+            raise SettingsError(
+                f"setting {'.'.join(path)} stands in {name}: a secret comes from the environment only, as {variable} "
+                f"or by {variable}{SECRET_SUFFIX}; take it out of the file, and use another one from now on"
+            )
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
@@ -432,7 +528,9 @@ def _merge(
     for key, value in values.items():
         here = (*path, str(key))
         origin[here] = name
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
             _merge(value, into=into[key], origin=origin, name=name, path=here)
         else:
             into[key] = value
@@ -449,9 +547,12 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> s
             near = difflib.get_close_matches(path[-1], allowed, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             lines.append(f"unknown setting {key} in {where}; {hint}allowed here: {', '.join(allowed)}")
+        elif problem["type"] == "missing":
+            lines.append(f"setting {key} is missing in {where}")  # what stands beside it may be a secret
         else:
             # A URL that could not be parsed may still hold a password, and whatever a secret file holds is one.
-            value = "***" if where.startswith(SECRET_ORIGIN) else without_password(repr(problem["input"]))
+            is_secret = path[-1] == "secret" or where.startswith(SECRET_ORIGIN)
+            value = "***" if is_secret else without_password(repr(problem["input"]))
             lines.append(f"setting {key} = {value} in {where} is wrong: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)
 
@@ -461,12 +562,16 @@ def _is_setting(path: tuple[str, ...]) -> bool:
 
 
 def _keys_beside(path: tuple[str, ...]) -> list[str]:
-    model: type[BaseModel] = Settings
+    here: Any = Settings
     for part in path[:-1]:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, types.GenericAlias) or not isinstance(annotation, type):
+        if isinstance(here, types.GenericAlias):  # a mapping: of sections perhaps, by names of the user's
+            here = get_args(here)[-1]
+        elif _has_settings(here) and part in here.model_fields:
+            here = here.model_fields[part].annotation
+        else:
             return []
-        if not issubclass(annotation, BaseModel):  # a value, in which there are no settings
-            return []
-        model = annotation
-    return sorted(model.model_fields)
+    return sorted(here.model_fields) if _has_settings(here) else []
+
+
+def _has_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

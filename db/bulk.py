@@ -44,8 +44,14 @@ def given_rows(kind: type[Any], *tables: type[Base]) -> CTE:
     return select(rows).cte("given")
 
 
-def sqlite_insert(kind: type[Any], table: type[Base]) -> tuple[str, Callable[[Sequence[Any]], list[tuple[Any, ...]]]]:
-    """An INSERT of such dataclasses, and what makes its parameters: a column at a time and not a value."""
+def sqlite_insert(
+    kind: type[Any], table: type[Base], **computed: Any
+) -> tuple[str, Callable[[Sequence[Any]], list[tuple[Any, ...]]]]:
+    """An INSERT of such dataclasses, and what makes its parameters: a column at a time and not a value.
+
+    Args:
+        computed: columns that SQLite fills itself, each by an expression without parameters.
+    """
     dialect = sqlite.dialect()
     columns = [column for column in table.__table__.c if hasattr(kind, column.name)]
     get = attrgetter(*(column.name for column in columns))
@@ -56,7 +62,8 @@ def sqlite_insert(kind: type[Any], table: type[Base]) -> tuple[str, Callable[[Se
         sent = (map(process, given) if process else given for process, given in zip(processors, by_column, strict=True))
         return list(zip(*sent, strict=True))
 
-    sql = insert(table).compile(dialect=dialect, column_keys=[column.name for column in columns])
+    given = [column.name for column in columns]
+    sql = insert(table).values(computed).compile(dialect=dialect, column_keys=[*given, *computed])
     return str(sql), values
 
 

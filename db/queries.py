@@ -20,6 +20,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     update,
@@ -228,7 +229,12 @@ _SQLITE_FOUND = select(Submission.submission_id, Submission.state, Submission.te
 )
 _SQLITE_NO_LONGER_PENDING = update(Submission).where(_IN_JSON_IDS).values(state=DECIDED)
 _SQLITE_INSERT_SUBMISSIONS = sqlite_insert(ScoredSubmission, Submission)
-_SQLITE_INSERT_DECISIONS = sqlite_insert(ScoredSubmission, Decision)
+# Whoever writes has the only writer's lock, so decisions are committed in the order of their positions. On PostgreSQL
+# they are not, see `db.feed`.
+_NEXT_POSITION: ColumnElement[int] = literal_column(
+    "(SELECT COALESCE(MAX(position), 0) + 1 FROM decisions WHERE position IS NOT NULL)"
+)
+_SQLITE_INSERT_DECISIONS = sqlite_insert(ScoredSubmission, Decision, position=_NEXT_POSITION)
 
 
 def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[str, Literal["decided", "dead"]]:
@@ -301,7 +307,8 @@ _LATEST_REVIEW = (
 _ACTION_NOW = func.coalesce(Review.action, Decision.action)
 
 
-def _select_results() -> Select[Any]:
+def select_results() -> Select[Any]:
+    """What `Result` holds; the caller says which."""
     columns = {field.name for field in fields(Result)}
     submission = [column for column in Submission.__table__.c if column.name in columns]
     # Its own `action` goes by another name.
@@ -323,7 +330,7 @@ def _select_results() -> Select[Any]:
 
 def result(connection: Connection, submission_id: str) -> Result | None:
     """What became of one submission; None while it has no decision."""
-    return first(connection, _select_results().where(Decision.submission_id == submission_id), Result)
+    return first(connection, select_results().where(Decision.submission_id == submission_id), Result)
 
 
 def results(
@@ -375,7 +382,7 @@ def results(
         wanted.append(Decision.decided_at >= since)
     if until is not None:
         wanted.append(Decision.decided_at < until)
-    statement = _select_results().where(*wanted).order_by(*_ordering(order)).limit(limit)
+    statement = select_results().where(*wanted).order_by(*_ordering(order)).limit(limit)
     return (Result(**row) for row in streamed(connection, statement))
 
 

@@ -18,7 +18,6 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
-    UniqueConstraint,
     literal,
     text,
 )
@@ -118,7 +117,14 @@ class Decision(Base):
     __table_args__ = (
         Index("ix_decisions_decided_at", "decided_at"),
         Index("ix_decisions_action", "action", "decided_at"),
-        Index("ix_decisions_position", "position", unique=True),
+        Index(
+            "ix_decisions_position",
+            "position",
+            unique=True,
+            # Without those that have none: all of what older releases left, which may be most of a large table.
+            postgresql_where=text("position IS NOT NULL"),
+            sqlite_where=text("position IS NOT NULL"),
+        ),
     )
 
     submission_id: Mapped[str] = mapped_column(ForeignKey("submissions.submission_id"), primary_key=True)
@@ -146,7 +152,8 @@ class Decision(Base):
     """Of the forward pass that scored the comment's whole batch, milliseconds."""
     decided_at: Mapped[datetime]
     position: Mapped[int | None] = mapped_column(BigInteger)
-    """Its place in the order in which decisions are handed on; null in rows of older releases."""
+    """Its place in the order in which decisions are handed on, see `db.feed`; null in rows from before there was one.
+    PostgreSQL draws it from a sequence as the column's default, on SQLite the writer counts."""
 
 
 class Review(Base):
@@ -384,26 +391,35 @@ class WebhookCursor(Base):
 
 
 class WebhookDelivery(Base):
-    """One decision to be posted to one endpoint: the outbox."""
+    """One decision to be posted to one endpoint: the outbox. It holds no text; that is read when it is posted."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
-        UniqueConstraint("endpoint", "submission_id"),
-        Index("ix_webhook_deliveries_due", "state", "next_attempt_at"),
+        # What waits is little beside what was delivered and is kept for a while.
+        Index(
+            "ix_webhook_deliveries_due",
+            "endpoint",
+            "next_attempt_at",
+            postgresql_where=text("state = 'pending'"),
+            sqlite_where=text("state = 'pending'"),
+        ),
+        Index("ix_webhook_deliveries_finished", "finished_at"),
     )
 
-    delivery_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS))
-    submission_id: Mapped[str] = mapped_column(ForeignKey("decisions.submission_id"))
+    endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS), primary_key=True)
+    """Its name in the settings."""
+    submission_id: Mapped[str] = mapped_column(ForeignKey("decisions.submission_id"), primary_key=True)
     state: Mapped[str] = mapped_column(String(16))
     """`pending`, `delivered`, or `dead`: given up after the last attempt."""
     attempts: Mapped[int]
+    """Begun: one that a process died over counts."""
     next_attempt_at: Mapped[datetime | None]
-    """Of a pending one."""
+    """Of a pending one; while it is being posted, when another process may take it for left behind."""
     error: Mapped[str | None] = mapped_column(Text)
     """Why the last attempt failed."""
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+    """When it was delivered or given up."""
 
 
 class SchemaCompatibility(Base):

@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -26,6 +27,10 @@ from sqlalchemy.exc import DBAPIError
 from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import (
     ACTIVATION_CHANGED,
+    ANSWER_CHANNEL,
+    ANSWER_TO_HEADER,
+    DECIDED_CHANNEL,
+    MAX_ANSWER_TOKEN_CHARS,
     MAX_COMMENTS_PER_MESSAGE,
     MAX_ID_CHARS,
     MODERATE_QUEUE,
@@ -275,6 +280,7 @@ class Intake(bootsteps.StartStopStep):
             submitted_at=submitted_at,
             comments=len(parsed.submitted) + len(parsed.refused),
             text_bytes=len(message.body),
+            answer_to=_answer_to(message.headers),
         )
         self._held.add(delivery)
         self._held_comments += delivery.comments
@@ -321,8 +327,11 @@ class Intake(bootsteps.StartStopStep):
         self._hub.call_soon(self._acknowledge_settled)
 
     def _acknowledge_settled(self) -> None:
+        if self._settled:
+            self._channel.qos.publish(DECIDED_CHANNEL, b"")
         while self._settled:
             delivery = self._settled.popleft()
+            self._answer(delivery)
             self._held.discard(delivery)
             self._held_comments -= delivery.comments
             self._held_bytes -= delivery.text_bytes
@@ -331,6 +340,16 @@ class Intake(bootsteps.StartStopStep):
             except Exception as error:
                 # Its channel is gone, so the message comes again, and is found to be decided.
                 logger.debug("an acknowledgement was not sent (%r); its message repeats", error)
+
+    def _answer(self, delivery: Delivery) -> None:
+        """Tell a producer that waits. All of it is committed, so who does not hear it finds it in the database."""
+        if delivery.answer_to is None:
+            return
+        if len(delivery.answers) < delivery.comments:
+            # The rest was refused, or decided before: an empty answer says to look there now.
+            delivery.answers.append(b"{}")
+        for answer in delivery.answers:
+            self._channel.qos.publish(ANSWER_CHANNEL + delivery.answer_to, answer)
 
     def _renew_leases(self) -> bool:
         """Whether they are renewed; where they are not, that is said."""
@@ -416,6 +435,14 @@ def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:
     if not now_s - LONGEST_QUEUE_AGE_S <= seconds <= now_s:
         return now
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def _answer_to(headers: Mapping[str, Any]) -> str | None:
+    """The token of a producer that waits, if it is one: it becomes part of a channel's name."""
+    token = headers.get(ANSWER_TO_HEADER)
+    if isinstance(token, str) and re.fullmatch(f"[A-Za-z0-9-]{{1,{MAX_ANSWER_TOKEN_CHARS}}}", token):
+        return token
+    return None
 
 
 def _queue_name(delivery_info: Mapping[str, Any]) -> str:

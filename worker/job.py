@@ -24,6 +24,10 @@ class Delivery:
     submitted_at: datetime
     comments: int
     text_bytes: int
+    answer_to: str | None = None
+    """The token of a producer that waits: see `config.names.ANSWER_TO_HEADER`."""
+    answers: list[bytes] = field(default_factory=list)
+    """What it is to be told of comments that are committed."""
     open: int = field(init=False)
 
     def __post_init__(self) -> None:

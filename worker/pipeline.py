@@ -21,10 +21,11 @@ from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from config.names import INTERACTIVE_QUEUE, LABELS, Reason
+from config.names import ANSWERED, INTERACTIVE_QUEUE, LABELS, Reason
 from db import dead_letters, policies
 from db.dead_letters import DeadLetterRow
 from db.outage import Outage
@@ -487,9 +488,11 @@ class Pipeline:
         """Add what else is through; where a backlog waits, also what will be in a moment.
 
         A transaction of one batch takes the database nearly as long as one of several, on cores that the engine could
-        use. Without a backlog nobody should wait for it.
+        use. Without a backlog nobody should wait for it, nor where a producer waits for one of them.
         """
         deadline = time.monotonic() + GATHER_S
+        if any(delivery.answer_to for delivery in outcome.deliveries):
+            deadline = 0.0
         while len(outcome.deliveries) + len(outcome.trial_scores) < RECORD_COMMENTS:
             # Read without the lock: a count that is out of date for a moment does no harm.
             backlog = self._counters.waiting_for_score > GATHER_BACKLOG_COMMENTS
@@ -566,6 +569,10 @@ class Pipeline:
                 self._writing_since = None
         del self._unstored[: len(unstored)]
         self._count(rows if len(done.recorded) == len(rows) else [rows[index] for index in done.recorded], letters)
+        for index, (_, delivery) in enumerate(items):
+            # One that was there before stays as it is, and may say otherwise.
+            if delivery.answer_to is not None and index in done.recorded:
+                delivery.answers.append(_answer(rows[index]))
 
     def _count(self, decided: list[ScoredSubmission], letters: list[DeadLetterRow]) -> None:
         """What has just been committed."""
@@ -589,6 +596,11 @@ def _checked(scores: Scores, count: int) -> Scores:
     if scores.shape != (count, len(LABELS)) or not np.isfinite(scores).all():
         raise FloatingPointError("the engine gave no finite score")
     return scores
+
+
+def _answer(row: ScoredSubmission) -> bytes:
+    """What a producer that waits is told: the decision, without the text."""
+    return orjson.dumps({name: getattr(row, name) for name in ANSWERED})
 
 
 def _conflict(item: Item) -> DeadLetterRow:

@@ -242,7 +242,8 @@ class QoS(virtual.QoS):
         """Of what is held and came back before: delivery tag -> SHA-1, under which its returns are counted."""
         self.finish_first = False
         """Nothing more may be taken before all that is held is done."""
-        self._acks_refused, self._returns_refused = Outage(), Outage()
+        self._words: list[tuple[str, bytes]] = []
+        self._acks_refused, self._returns_refused, self._words_refused = Outage(), Outage(), Outage()
 
     def hold_returned(self, delivery: Delivery) -> None:
         """Note that its returns must be forgotten when it is acknowledged."""
@@ -301,19 +302,33 @@ class QoS(virtual.QoS):
             raise_if_read_only(error)
             logger.error("Redis refused to replace a message by %d others: %s; it repeats", len(messages), error)
 
+    def publish(self, name: str, word: bytes) -> None:
+        """Say something on a pub/sub channel, along with the acknowledgements of this tick. It may be lost."""
+        self._words.append((self.channel.keyprefix_fanout + name, word))
+
     def flush_acks(self) -> None:
-        """Write the buffered acknowledgements. After a connection error they stay buffered."""
-        if not self._acks:
+        """Write the buffered acknowledgements, in the same round trip as what is to be published.
+
+        After a connection error the acknowledgements stay buffered.
+        """
+        if not self._acks and not self._words:
             return
         channel = self.channel
+        words, self._words = self._words, []
         try:
             # No MULTI: Redis at maxmemory refuses it, and with it the acks that would free memory. The hash goes
             # first: a tag left in the index without a message is swept away, the reverse would stay for ever.
             with channel.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-                pipe.hdel(channel.unacked_key, *self._acks).zrem(channel.unacked_index_key, *self._acks)
+                for name, word in words:
+                    pipe.publish(name, word)
+                if self._acks:
+                    pipe.hdel(channel.unacked_key, *self._acks).zrem(channel.unacked_index_key, *self._acks)
                 if self._digests and (done := [self._digests[tag] for tag in self._acks if tag in self._digests]):
                     pipe.hdel(channel.returns_key, *done)
-                pipe.execute()
+                replies = pipe.execute(raise_on_error=False)
+            self._note_words(replies[: len(words)])
+            for refused in (reply for reply in replies[len(words) :] if isinstance(reply, ResponseError)):
+                raise refused
         except ResponseError as error:
             raise_if_read_only(error)
             if self._acks_refused.begin():
@@ -324,6 +339,16 @@ class QoS(virtual.QoS):
         for tag in self._acks if self._digests else ():
             self._digests.pop(tag, None)
         self._acks = []
+
+    def _note_words(self, replies: Sequence[Any]) -> None:
+        refused = next((reply for reply in replies if isinstance(reply, ResponseError)), None)
+        if refused is not None and self._words_refused.begin():
+            logger.warning(
+                "Redis refuses to publish what was decided (%s); who waits for it asks the database now and then",
+                refused,
+            )
+        elif refused is None and replies and self._words_refused.end():
+            logger.warning("Redis publishes what was decided again")
 
     def renew_leases(self) -> None:
         """Keep what is held from being given to others for another visibility timeout.

@@ -108,6 +108,61 @@ class TestMistakes:
         assert said.startswith("MODERATO_TRAINER__TRAIN_FILES in the environment is no list or mapping as in YAML: ")
 
 
+class TestEndpointsOfWebhooks:
+    SECRET_VARIABLE = "MODERATO_WEBHOOKS__ENDPOINTS__NEWS__SECRET"
+    SECRET = "whsec_" + "eHh4" * 10
+    MAPPING = "webhooks: {endpoints: {news: {url: 'https://a.example/hook', min_action: hide%s}}}\n"
+
+    def test_the_secret_comes_from_the_environment(self, file: Path) -> None:
+        # Given an endpoint in a file, and its secrets, the old and the new one, in the environment
+        file.write_text(self.MAPPING % "")
+        both = {"MODERATO_CONFIG": str(file), self.SECRET_VARIABLE: f"{self.SECRET} {self.SECRET}"}
+        endpoint = load_settings(both).webhooks.endpoints["news"]
+        assert endpoint.signing_keys == [b"xxx" * 10] * 2
+        # Then they are not shown where the settings are
+        assert "eHh4" not in repr(endpoint)
+
+    def test_a_file_that_holds_one_is_refused_without_showing_it(self, file: Path) -> None:
+        file.write_text(self.MAPPING % f", secret: {self.SECRET}")
+        said = complaint({"MODERATO_CONFIG": str(file)})
+        assert said.startswith(f"setting webhooks.endpoints.news.secret stands in {file}: a secret comes from the")
+        assert "eHh4" not in said
+
+    def test_no_mistake_shows_a_secret(self, file: Path) -> None:
+        # Given a secret that is too short, and one of an endpoint that is not there
+        file.write_text(self.MAPPING % "")
+        said = complaint({"MODERATO_CONFIG": str(file), self.SECRET_VARIABLE: "whsec_eHh4"})
+        assert "webhooks.endpoints.news.secret = *** in the environment is wrong: expected whsec_" in said
+        assert "eHh4" not in said
+        said = complaint({self.SECRET_VARIABLE: self.SECRET})
+        assert "setting webhooks.endpoints.news.url is missing in the environment" in said
+        assert "eHh4" not in said
+
+    @pytest.mark.parametrize(
+        "url", ["http://127.0.0.1:8000/", "http://localhost/", "http://[::1]/", "https://a.example"]
+    )
+    def test_an_address(self, url: str) -> None:
+        endpoint = f"{{news: {{url: '{url}', min_action: allow}}}}"
+        assert load_settings({"MODERATO_WEBHOOKS__ENDPOINTS": endpoint}).webhooks.endpoints["news"].url == url
+
+    @pytest.mark.parametrize(
+        "url", ["http://a.example", "http://127.0.0.1.example", "ftp://a.example", "https://", "a"]
+    )
+    def test_an_address_that_is_refused(self, url: str) -> None:
+        said = complaint({"MODERATO_WEBHOOKS__ENDPOINTS": f"{{news: {{url: '{url}', min_action: allow}}}}"})
+        assert said.startswith(f"setting webhooks.endpoints.news.url = '{url}' in the environment is wrong: ")
+
+    def test_http_where_it_is_allowed(self) -> None:
+        endpoint = "{news: {url: 'http://a.example', min_action: allow, allow_http: true}}"
+        assert load_settings({"MODERATO_WEBHOOKS__ENDPOINTS": endpoint}).webhooks.endpoints["news"].allow_http
+
+    def test_a_key_within_an_endpoint_that_is_unknown(self) -> None:
+        said = complaint({"MODERATO_WEBHOOKS__ENDPOINTS": "{news: {url: 'https://a', min_actions: hide}}"})
+        assert (
+            "unknown setting webhooks.endpoints.news.min_actions in the environment; did you mean min_action?" in said
+        )
+
+
 class TestUrls:
     def test_embedded_is_the_socket_in_the_private_folder(self) -> None:
         settings = load_settings({"MODERATO_BROKER_URL": "embedded"})

@@ -1,0 +1,115 @@
+"""Waiting for one decision: a worker's answer as soon as it is committed, and the database where that is not heard."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from api_client.listening import BROKER_ERRORS, AnswerLine
+from config.names import LABELS
+from db.dead_letters import DeadLetterRow
+from db.queries import Result
+from db.session import DatabaseProblem
+
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.1, 1.0
+"""Between two looks into the database while a worker may still answer."""
+FIRST_BLIND_LOOK_S, LONGEST_BLIND_LOOK_S = 0.02, 0.25
+"""The same where no answer can be heard."""
+LOOKS_GROW = 1.5
+
+
+class SetAside(Exception):
+    """The comment could not be decided; `letter` says why and what to do about it."""
+
+    def __init__(self, letter: DeadLetterRow) -> None:
+        super().__init__(f"{letter.dead_letter_id} was not decided ({letter.reason}): {letter.detail}")
+        self.letter = letter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was decided on a comment; `ModerationClient.result` has all of its row."""
+
+    submission_id: str
+    community: str
+    comment_id: str
+    toxic: float
+    severe_toxic: float
+    obscene: float
+    threat: float
+    insult: float
+    identity_hate: float
+    action: str
+    fired_label: str | None
+    fired_threshold: float | None
+    model_version: str
+    policy_version: str
+    windows: int
+    decided_at: datetime
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Label to probability, in the order of `config.names.LABELS`."""
+        return {label: getattr(self, label) for label in LABELS}
+
+
+COLUMNS = [field.name for field in fields(Verdict)]
+
+
+def verdict_of(result: Result) -> Verdict:
+    """What the model's scores led to; reviews of it are later."""
+    values = {name: getattr(result, name) for name in COLUMNS}
+    return Verdict(**values | {"action": result.model_action})
+
+
+def read_answer(answer: bytes, submission_id: str) -> Verdict | None:
+    """The verdict in a worker's answer; None where it holds none on this submission."""
+    try:
+        said: Any = json.loads(answer)
+        if said.get("submission_id") != submission_id:
+            return None
+        said["decided_at"] = datetime.fromisoformat(said["decided_at"])
+        return Verdict(**{name: said[name] for name in COLUMNS})
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None  # of a release that answers otherwise: the database has it
+
+
+def wait_for_verdict(
+    submission_id: str,
+    line: AnswerLine | None,
+    look: Callable[[], Verdict | None],
+    timeout_s: float,
+) -> Verdict | None:
+    """The verdict as soon as it is known; None after the timeout.
+
+    Args:
+        line: on which a worker may answer.
+        look: asks the database; it may raise what else became of the submission.
+
+    Raises:
+        DatabaseProblem: the last look failed, and nobody answered in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s, longest_s = (FIRST_BLIND_LOOK_S, LONGEST_BLIND_LOOK_S) if line is None else (FIRST_LOOK_S, LONGEST_LOOK_S)
+    while True:
+        left_s = max(0.0, deadline - time.monotonic())
+        if line is None:
+            time.sleep(min(pause_s, left_s))
+        else:
+            try:
+                answer = line.hear(min(pause_s, left_s))
+            except BROKER_ERRORS:
+                line, answer, longest_s = None, None, LONGEST_BLIND_LOOK_S
+            if answer is not None and (verdict := read_answer(answer, submission_id)) is not None:
+                return verdict
+        try:
+            if (found := look()) is not None:
+                return found
+        except DatabaseProblem:
+            if not left_s:
+                raise
+        if not left_s:
+            return None
+        pause_s = min(pause_s * LOOKS_GROW, longest_s)

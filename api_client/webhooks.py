@@ -1,0 +1,402 @@
+"""Posting decisions to the endpoints in the settings: signed, at least once, again after growing pauses.
+
+The form is that of https://www.standardwebhooks.com, whose libraries verify what comes from here. Each endpoint has a
+thread that takes its decisions from the feed into the outbox (`db.webhooks`), claims what is due and posts it, several
+at a time; one that hangs or fails delays no other endpoint. Several processes may do this side by side.
+
+What if the process dies here: the outbox keeps what was not posted; what was, and was not yet noted, is posted again
+when its lease has run out, under the same `webhook-id`.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx2
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from api_client.connecting import connect
+from api_client.listening import Nudges
+from config.names import Action
+from config.settings import EndpointSettings, Settings
+from db import feed, webhooks
+from db.durable import database_time
+from db.feed import WritersDoNotEnd
+from db.migrate import require_current
+from db.outage import Outage
+from db.session import is_outage, open_database, reading, without_rows, writing
+from db.webhooks import Claim
+
+CONCURRENT_POSTS = 8
+"""To one endpoint."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 3_600.0
+"""Between two attempts at one delivery."""
+LEASE_MARGIN_S = 5.0
+"""Beyond what an attempt may take: to note what came of it."""
+LOOK_S = 1.0
+"""Between two looks into feed and outbox where nobody says that there is something new."""
+FILL_PAUSE_S = 0.25
+"""Between two looks into the feed while decisions stream in: each moves a cursor, which is a transaction."""
+PURGE_S = 600.0
+MAX_ANSWER_BYTES = 65_536
+"""Of an endpoint's answer: read so that the connection can be used again, and not looked at."""
+TRY_LATER = (408, 425, 429)
+"""Beside 5xx: what an endpoint answers that is not well, whatever is posted."""
+
+logger = logging.getLogger(__name__)
+
+
+class NoSecret(Exception):
+    """An endpoint whose deliveries cannot be signed."""
+
+
+# --- What is posted ----------------------------------------------------------------------------------------------
+
+
+def webhook_id(endpoint: str, submission_id: str) -> str:
+    """The same for every attempt at a delivery, and of no other: by it a receiver knows what it has seen."""
+    # A name holds no slash.
+    return f"msg_{hashlib.sha256(f'{endpoint}/{submission_id}'.encode()).hexdigest()[:32]}"
+
+
+def signature(keys: Sequence[bytes], webhook_id: str, timestamp: int, body: bytes) -> str:
+    """The header `webhook-signature`: HMAC-SHA256 over id, time and body, by each of the keys."""
+    signed = f"{webhook_id}.{timestamp}.".encode() + body
+    digests = [hmac.digest(key, signed, "sha256") for key in keys]
+    return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def body_of(claim: Claim, *, include_text: bool) -> bytes:
+    """The same bytes at each attempt, but for a text that was erased in between."""
+    data: dict[str, Any] = {
+        "submission_id": claim.submission_id,
+        "comment_id": claim.comment_id,
+        "community": claim.community,
+        "action": claim.action,
+        "scores": claim.scores,
+        "fired_label": claim.fired_label,
+        "fired_threshold": claim.fired_threshold,
+        "model_version": claim.model_version,
+        "policy_version": claim.policy_version,
+        "decided_at": claim.decided_at.isoformat(),
+        "cursor": str(claim.position),
+    }
+    if include_text:
+        data["text"] = claim.text
+    return _as_json({"type": "comment.decided", "timestamp": data["decided_at"], "data": data})
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def retry_pause_s(attempts: int) -> float:
+    """Seconds until the next attempt: twice as long each time up to LONGEST_PAUSE_S, up to a third less by chance."""
+    return min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 30), LONGEST_PAUSE_S) * random.uniform(2 / 3, 1)
+
+
+def delivered_actions(min_action: Action) -> list[str]:
+    """Those at or above one."""
+    actions = list(Action)
+    return [action.value for action in actions[actions.index(min_action) :]]
+
+
+# --- Posting it --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an endpoint did not take a delivery."""
+
+    reason: str
+    of_endpoint: bool
+    """Whatever is posted; else of this delivery perhaps."""
+
+
+class Poster:
+    """Posts to one endpoint."""
+
+    def __init__(self, name: str, settings: EndpointSettings) -> None:
+        """Prepare, connecting to nothing.
+
+        Raises:
+            NoSecret: what is posted could not be signed.
+        """
+        self._name = name
+        self._settings = settings
+        self._keys = settings.signing_keys
+        if not self._keys:
+            raise NoSecret(
+                f"endpoint {name} has no secret to sign with: set MODERATO_WEBHOOKS__ENDPOINTS__{name.upper()}__SECRET"
+                ", for example to whsec_$(openssl rand -base64 32), and give it to the receiver"
+            )
+        # An endpoint that redirects has moved, and the operator should know.
+        self._http = httpx2.Client(
+            timeout=settings.timeout_s,
+            follow_redirects=False,
+            limits=httpx2.Limits(max_connections=CONCURRENT_POSTS, max_keepalive_connections=CONCURRENT_POSTS),
+            headers={"user-agent": "moderato-webhooks", "content-type": "application/json"},
+        )
+
+    def post(self, claim: Claim) -> Failure | None:
+        """Post a delivery; None where the endpoint took it."""
+        body = body_of(claim, include_text=self._settings.include_text)
+        return self._post(webhook_id(self._name, claim.submission_id), body)
+
+    def ping(self) -> Failure | None:
+        """Post something that tells of no decision."""
+        now = datetime.now(UTC)
+        body = _as_json({"type": "ping", "timestamp": now.isoformat(), "data": {"endpoint": self._name}})
+        return self._post(f"msg_ping_{now.timestamp():.6f}", body)
+
+    def _post(self, message_id: str, body: bytes) -> Failure | None:
+        # Of the attempt, not of the decision: receivers refuse what is old.
+        timestamp = int(time.time())
+        headers = {
+            "webhook-id": message_id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signature(self._keys, message_id, timestamp, body),
+        }
+        deadline = time.monotonic() + self._settings.timeout_s
+        try:
+            with self._http.stream("POST", self._settings.url, content=body, headers=headers) as response:
+                _read_to_end(response, deadline)
+                status = response.status_code
+        except httpx2.TimeoutException:
+            return Failure(f"no answer within {self._settings.timeout_s:g} s", of_endpoint=True)
+        except Exception as error:  # of the network, of TLS, or of what it answered
+            return Failure(f"cannot be reached ({type(error).__name__})", of_endpoint=True)
+        if 200 <= status < 300:
+            return None
+        return Failure(f"answered {status}", of_endpoint=status >= 500 or status in TRY_LATER)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _read_to_end(response: httpx2.Response, deadline: float) -> None:
+    """Read what little it answers; what is left unread closes the connection."""
+    read_bytes = 0
+    with suppress(httpx2.HTTPError):  # it has answered: that counts
+        for chunk in response.iter_raw():
+            read_bytes += len(chunk)
+            if read_bytes > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                return
+
+
+# --- From the feed to the endpoint -------------------------------------------------------------------------------
+
+
+class Sender:
+    """One endpoint's thread, and those that it posts from."""
+
+    def __init__(
+        self, name: str, settings: EndpointSettings, database: Engine, *, max_attempts: int, stop: threading.Event
+    ) -> None:
+        """Prepare, connecting to nothing.
+
+        Raises:
+            NoSecret: see `Poster`.
+        """
+        self.wake = threading.Event()
+        """Something may be new in the feed."""
+        self._name = name
+        self._settings = settings
+        self._database = database
+        self._max_attempts = max_attempts
+        self._stop = stop
+        self._poster = Poster(name, settings)
+        self._pool = ThreadPoolExecutor(CONCURRENT_POSTS, thread_name_prefix=f"post-{name}")
+        self._posting: dict[Future[Failure | None], Claim] = {}
+        self._posted: list[tuple[Claim, Failure | None]] = []
+        """And not noted yet, as while the database is away."""
+        # To connect may take as long as the answer.
+        self._attempt_s = 2 * settings.timeout_s
+        self._next_fill_at = 0.0
+        self._away, self._failing = Outage(), Outage()
+        self._next_probe_at = 0.0
+        self.thread = threading.Thread(target=self._run, name=f"webhook-{name}", daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._try_step(self._step)
+        # What is being posted comes to its end within the timeout, and should be noted.
+        wait(self._posting, timeout=self._attempt_s)
+        self._try_step(self._note)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._poster.close()
+
+    def join(self) -> None:
+        """Wait for its end after a stop, for as long as what it posts may take."""
+        self.wake.set()
+        self.thread.join(self._attempt_s + LEASE_MARGIN_S)
+
+    def _try_step(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (DBAPIError, WritersDoNotEnd) as error:
+            if isinstance(error, DBAPIError) and not is_outage(error):
+                raise
+            said = without_rows(error) if isinstance(error, DBAPIError) else str(error)
+            if self._away.begin():
+                logger.warning("endpoint %s waits for the database: %s", self._name, said)
+            self._stop.wait(self._away.pause_s())
+        else:
+            if self._away.end():
+                logger.warning("endpoint %s goes on with the database", self._name)
+
+    def _step(self) -> None:
+        self._note()
+        self._claim()
+        fill_in_s = self._next_fill_at - time.monotonic()
+        if fill_in_s <= 0 and self._fill():
+            return
+        look_in_s = fill_in_s if fill_in_s > 0 else LOOK_S
+        if self._posting:
+            wait(self._posting, timeout=look_in_s, return_when=FIRST_COMPLETED)
+        else:
+            self.wake.wait(look_in_s)
+        self.wake.clear()
+
+    def _fill(self) -> bool:
+        """Take what was decided into the outbox; whether there was anything to look at."""
+        with reading(self._database) as connection:
+            settled = feed.settled_position(connection)
+            position = webhooks.cursor(connection, self._name)
+            now = database_time(connection)
+        if position is None:
+            with writing(self._database) as connection:
+                webhooks.begin(connection, self._name, position=settled, now=now)
+            logger.info("endpoint %s begins with what is decided from now on", self._name)
+        actions = delivered_actions(self._settings.min_action)
+        more = found = position is not None and position < settled
+        while more and not self._stop.is_set():
+            with writing(self._database) as connection:
+                more = webhooks.fill(
+                    connection,
+                    self._name,
+                    settled=settled,
+                    actions=actions,
+                    communities=self._settings.communities,
+                    now=now,
+                )
+        self._next_fill_at = time.monotonic() + FILL_PAUSE_S if found else 0.0
+        return found
+
+    def _claim(self) -> None:
+        """Begin to post what is due; while the endpoint fails one delivery at a time, after growing pauses."""
+        free = CONCURRENT_POSTS - len(self._posting)
+        if self._failing.lasts:
+            free = 0 if self._posting or time.monotonic() < self._next_probe_at else 1
+        if not free:
+            return
+        with reading(self._database) as connection:
+            if not webhooks.is_due(connection, self._name, database_time(connection)):
+                return
+        lease = timedelta(seconds=self._attempt_s + LEASE_MARGIN_S)
+        with writing(self._database) as connection:
+            claims = webhooks.claim(connection, self._name, limit=free, lease=lease, now=database_time(connection))
+        for claim in claims:
+            self._posting[self._pool.submit(self._poster.post, claim)] = claim
+
+    def _note(self) -> None:
+        """Write down what came of the posts that have ended."""
+        for future in [each for each in self._posting if each.done()]:
+            self._posted.append((self._posting.pop(future), future.result()))
+        if not self._posted:
+            return
+        with writing(self._database) as connection:
+            now = database_time(connection)
+            webhooks.delivered(connection, [claim for claim, failure in self._posted if failure is None], now=now)
+            for claim, failure in self._posted:
+                if failure is not None:
+                    webhooks.failed(
+                        connection, claim, error=failure.reason, next_attempt_at=self._next_attempt(claim, now), now=now
+                    )
+        posted, self._posted = self._posted, []
+        for claim, failure in posted:
+            self._say(claim, failure)
+
+    def _next_attempt(self, claim: Claim, now: datetime) -> datetime | None:
+        if claim.attempts >= self._max_attempts:
+            return None
+        return now + timedelta(seconds=retry_pause_s(claim.attempts))
+
+    def _say(self, claim: Claim, failure: Failure | None) -> None:
+        if failure is None:
+            if self._failing.end():
+                logger.warning("endpoint %s takes deliveries again", self._name)
+            return
+        if failure.of_endpoint:
+            if self._failing.begin():
+                logger.warning("endpoint %s %s; deliveries wait for it", self._name, failure.reason)
+            self._next_probe_at = time.monotonic() + self._failing.pause_s()
+        if claim.attempts >= self._max_attempts:
+            logger.error(
+                "endpoint %s: the delivery of %s is given up after %d attempts: %s; see `moderato webhooks dead`",
+                self._name,
+                claim.submission_id,
+                claim.attempts,
+                failure.reason,
+            )
+
+
+def deliver(settings: Settings, stop: threading.Event) -> None:
+    """Deliver to every endpoint in the settings until `stop` is set; what is being posted is finished then.
+
+    Raises:
+        NoSecret: an endpoint has none.
+        SchemaMismatch: the database has another schema than this release.
+    """
+    database = open_database(settings.database_url)
+    chosen = settings.webhooks
+    senders = [
+        Sender(name, endpoint, database, max_attempts=chosen.max_attempts, stop=stop)
+        for name, endpoint in chosen.endpoints.items()
+    ]
+    require_current(database)
+    nudges = Nudges(lambda: connect(settings))
+    for sender in senders:
+        sender.thread.start()
+    next_purge_at = 0.0
+    try:
+        while not stop.is_set():
+            if nudges.wait(LOOK_S / 2):
+                for sender in senders:
+                    sender.wake.set()
+            if time.monotonic() >= next_purge_at:
+                next_purge_at = time.monotonic() + PURGE_S
+                _purge(database, timedelta(days=chosen.keep_days))
+            if dead := [sender.thread.name for sender in senders if not sender.thread.is_alive()]:
+                raise RuntimeError(f"{', '.join(dead)} broke; the log says why")
+    finally:
+        stop.set()
+        nudges.close()
+        for sender in senders:
+            sender.join()
+        database.dispose()
+
+
+def _purge(database: Engine, keep: timedelta) -> None:
+    try:
+        while True:
+            with writing(database) as connection:
+                before = database_time(connection) - keep
+                if webhooks.purge(connection, finished_before=before) < webhooks.PURGED_AT_ONCE:
+                    return
+    except DBAPIError as error:
+        if not is_outage(error):
+            raise
+        logger.warning("old deliveries could not be deleted (%s); the next time", without_rows(error))

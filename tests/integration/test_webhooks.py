@@ -1,0 +1,142 @@
+"""The outbox of webhooks on real databases: filled once, claimed by one, kept until it is delivered or given up."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from db import feed, webhooks
+from db.durable import database_time
+from db.queries import record_decisions
+from db.session import reading, writing
+from tests.integration.rows import prepare, scored
+
+LEASE = timedelta(minutes=5)
+
+
+@pytest.fixture
+def outbox(engine: Engine) -> Engine:
+    """A database with ten decisions, in turn to hide and to allow, every third of the community news."""
+    with writing(engine) as connection:
+        prepare(connection, "v1")
+        rows = [
+            scored(str(n), action=("hide", "allow")[n % 2], community="sports" if n % 3 else "news") for n in range(10)
+        ]
+        record_decisions(connection, rows)
+    return engine
+
+
+def now_of(engine: Engine) -> datetime:
+    with reading(engine) as connection:
+        return database_time(connection)
+
+
+def fill(engine: Engine, endpoint: str = "news", **changes: Any) -> bool:
+    now = now_of(engine)
+    with reading(engine) as connection:
+        settled = feed.settled_position(connection)
+        begun = webhooks.cursor(connection, endpoint) is not None
+    with writing(engine) as connection:
+        if not begun:
+            webhooks.begin(connection, endpoint, position=0, now=now)
+        wanted = {"actions": ["hide", "remove"], "communities": [], **changes}
+        return webhooks.fill(connection, endpoint, settled=settled, now=now, **wanted)
+
+
+def claim(engine: Engine, *, limit: int = 10, later: timedelta = timedelta(0)) -> list[webhooks.Claim]:
+    now = now_of(engine) + later
+    with writing(engine) as connection:
+        return webhooks.claim(connection, "news", limit=limit, lease=LEASE, now=now)
+
+
+def ids(claims: list[webhooks.Claim]) -> list[str]:
+    return [each.submission_id for each in claims]
+
+
+def test_each_decision_is_delivered_once_to_each_endpoint(outbox: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given one endpoint for what is hidden, another one for what is hidden in one community
+    monkeypatch.setattr(webhooks, "POSITIONS_PER_PAGE", 4)
+    steps = [fill(outbox), fill(outbox), fill(outbox), fill(outbox)]
+    while fill(outbox, "other", communities=["news"]):
+        pass
+    # Then each gets those, in steps, and none again
+    assert steps == [True, True, False, False]
+    assert ids(claim(outbox)) == ["0", "2", "4", "6", "8"]
+    with reading(outbox) as connection:
+        assert {name: backlog.pending for name, backlog in webhooks.backlogs(connection).items()} == {
+            "news": 5,
+            "other": 2,
+        }
+        # where the cursor stands behind what was only looked at, too
+        assert webhooks.cursor(connection, "news") == feed.settled_position(connection)
+    # And a cursor that was set back makes none of them twice
+    with writing(outbox) as connection:
+        connection.exec_driver_sql("UPDATE webhook_cursors SET position = 0")
+    fill(outbox)
+    assert claim(outbox) == []
+
+
+def test_a_claim_is_nobody_elses_until_its_lease_has_run_out(outbox: Engine) -> None:
+    fill(outbox)
+    # Given two that are claimed, of which one was delivered
+    first, second = claim(outbox, limit=2)
+    now = now_of(outbox)
+    with writing(outbox) as connection:
+        webhooks.delivered(connection, [first], now=now)
+    # Then others are claimed meanwhile
+    assert ids(claim(outbox)) == ["4", "6", "8"]
+    # And after it the one of whom nothing was heard, with an attempt more
+    [again, *_] = claim(outbox, later=2 * LEASE)
+    assert (again.submission_id, second.attempts, again.attempts) == (second.submission_id, 1, 2)
+    # When the one who had it comes back, a failure of his changes nothing, and a success counts
+    with writing(outbox) as connection:
+        webhooks.failed(connection, second, error="late", next_attempt_at=None, now=now)
+        assert webhooks.backlogs(connection)["news"].dead == 0
+        webhooks.delivered(connection, [second], now=now)
+    assert second.submission_id not in ids(claim(outbox, later=4 * LEASE))
+
+
+@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)  # SQLite has one writer at a time
+def test_processes_side_by_side_do_not_wait_for_each_other(outbox: Engine) -> None:
+    now = now_of(outbox)
+    filled: dict[str, Any] = {"settled": 10, "actions": ["hide"], "communities": [], "now": now}
+    with writing(outbox) as connection:
+        webhooks.begin(connection, "news", position=0, now=now)
+    # Given one that fills the outbox, another finds nothing to do meanwhile
+    with writing(outbox) as connection:
+        assert not webhooks.fill(connection, "news", **filled)
+        assert not fill(outbox)
+    # And of what is due each claims its own
+    with writing(outbox) as connection:
+        taken = ids(webhooks.claim(connection, "news", limit=3, lease=LEASE, now=now))
+        others = ids(claim(outbox))
+    assert (len(taken), sorted([*taken, *others])) == (3, ["0", "2", "4", "6", "8"])
+
+
+def test_what_was_given_up_is_dead_until_it_is_retried_or_old(outbox: Engine) -> None:
+    fill(outbox)
+    first, second, *rest = claim(outbox)
+    now = now_of(outbox)
+    with writing(outbox) as connection:
+        webhooks.delivered(connection, rest, now=now)
+        webhooks.failed(connection, first, error="answered 500", next_attempt_at=now + LEASE, now=now)
+        webhooks.failed(connection, second, error="answered 400", next_attempt_at=None, now=now)
+    with reading(outbox) as connection:
+        backlog = webhooks.backlogs(connection)["news"]
+        assert (backlog.pending, backlog.delivered, backlog.dead, backlog.error) == (1, 3, 1, "answered 500")
+        assert not webhooks.is_due(connection, "news", now)
+        [dead] = webhooks.dead(connection)
+        assert (dead.submission_id, dead.error, dead.attempts) == (second.submission_id, "answered 400", 1)
+        assert webhooks.dead(connection, endpoint="other") == []
+    # When it is retried it is as new
+    with writing(outbox) as connection:
+        assert webhooks.retry(connection, submission_ids=["nobody"], now=now) == 0
+        assert webhooks.retry(connection, endpoint="news", now=now) == 1
+    [again] = claim(outbox)
+    assert (again.submission_id, again.attempts) == (second.submission_id, 1)
+    # And what is done with is deleted after a while, what is pending is not
+    with writing(outbox) as connection:
+        assert webhooks.purge(connection, finished_before=now) == 0
+        assert webhooks.purge(connection, finished_before=now + LEASE) == 3
+        assert webhooks.backlogs(connection)["news"].pending == 2
