@@ -33,7 +33,9 @@ def without_command(
 def run() -> None:
     """Deliver until Ctrl-C or SIGTERM: one process, or several side by side. What is being posted is finished then.
 
-    Example: MODERATO_WEBHOOKS__ENDPOINTS__NEWS__SECRET=whsec_… moderato webhooks run
+    Each endpoint needs its secret in the environment: MODERATO_WEBHOOKS__ENDPOINTS__NEWS__SECRET=whsec_…
+
+    Example: moderato webhooks run
     """
     from api_client.webhooks import deliver
     from config.logs import log_to_stderr

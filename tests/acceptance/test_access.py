@@ -19,10 +19,12 @@ from sqlalchemy.exc import ProgrammingError
 
 from api_client.client import ModerationClient
 from api_client.embedded import redis_server_executable
+from api_client.listening import Nudges
 from bench.tiny import copy_version
-from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
+from config.names import MODERATE_QUEUE, RETRAIN_QUEUE, Action
 from config.settings import PREFIX, ROOT, settings
-from db import queries, reviews
+from db import feed, queries, reviews, webhooks
+from db.durable import database_time
 from db.migrate import upgrade
 from db.privacy import Erased, Subject, erase_expired
 from db.session import open_database, reading, writing
@@ -50,6 +52,8 @@ FORBIDDEN = (
     ("SAVE",),
     ("GET", "of-another-system"),
     ("PUBLISH", "of-another-system", "x"),
+    ("SUBSCRIBE", "of-another-system"),
+    ("PSUBSCRIBE", "*"),
 )
 
 
@@ -128,7 +132,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("limited")
 def test_each_user_of_redis_can_do_its_work_and_nothing_else(
-    guarded: GuardedRedis, sqlite_url: str, tiny_version: Path, tmp_path: Path
+    guarded: GuardedRedis, sqlite_url: str, tiny_version: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     versions_dir = tmp_path / "versions"
     versions_dir.mkdir()
@@ -153,6 +157,8 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         # When comments are submitted, by the client and by plain Celery
         ids = [producer.submit("Good morning."), *producer.submit_many(["Thank you."] * 100)]
         ids.append(operator.submit("Good evening.", durable=True))
+        # and waited for, by whoever may listen to answers and to nothing else
+        assert {client.moderate("Good night.", timeout_s=TIMEOUT_S).action for client in (producer, operator)}
         ids.append(f"{plain.send_task('worker.moderate', [[{'text': 'Hello.'}]], queue=MODERATE_QUEUE).id}:0")
         # Then they are decided, and forgotten
         assert set(producer.wait(ids, timeout_s=TIMEOUT_S).values()) == {"decided"}
@@ -165,7 +171,13 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         operator.activate("v1", by="operator", reason="again")
         run_id = operator.retrain(requested_by="operator", epochs=0.01)
         wait_until(lambda: _state(operator, run_id) != "requested", TIMEOUT_S, "the trainer's claim")
+        with closing(producer.follow("0")) as following:
+            assert next(following).submission_id
+        nudges = Nudges(producer._app.connection_for_write)
+        nudges.wait(0)
+        nudges.close()
         # And nothing was refused to any of them
+        assert not [record for record in caplog.records if record.name.startswith("api_client")]
         logs = worker.log() + trainer.log()
         assert not re.search(r"permission|NOPERM", logs), logs
 
@@ -200,7 +212,7 @@ def _state(client: ModerationClient, run_id: str) -> str:
 
 
 ROLES_FILE = ROOT / "deploy" / "postgresql" / "roles.sql"
-ROLES = ("owner", "worker", "trainer", "client", "reader")
+ROLES = ("owner", "worker", "trainer", "client", "webhooks", "reader")
 REFUSED_TO_ALL = (
     "ALTER TABLE submissions ADD COLUMN x int",
     "DROP TABLE reviews",
@@ -218,6 +230,7 @@ REFUSED = {
     "worker": ["INSERT INTO reviews DEFAULT VALUES", "SELECT * FROM training_runs"],
     "trainer": ["UPDATE submissions SET text = 'x'", "SELECT payload FROM dead_letters"],
     "client": ["UPDATE submissions SET text = 'x'", "INSERT INTO decisions DEFAULT VALUES"],
+    "webhooks": ["SELECT author FROM submissions", "INSERT INTO decisions DEFAULT VALUES", "SELECT * FROM reviews"],
     "reader": ["SELECT text FROM submissions", "SELECT author FROM submissions", "SELECT payload FROM dead_letters"],
 }
 
@@ -281,6 +294,19 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
             assert queries.claim_run(connection, "r", datetime.now(UTC))
             assert [each.text for each in reviews.judged_texts(connection)] == [None]  # it was erased
             queries.activate(connection, version="v1", by="trainer", reason="better", now=datetime.now(UTC))
+        engine.dispose()
+        # And webhooks are delivered, and what was given up is tried again by an operator
+        engine = open_database(role_urls["webhooks"])
+        with writing(engine) as connection:
+            now = database_time(connection)
+            settled = feed.settled_position(connection)
+            webhooks.begin(connection, "news", position=0, now=now)
+            webhooks.fill(connection, "news", settled=settled, actions=list(Action), communities=["default"], now=now)
+            taken, refused = webhooks.claim(connection, "news", limit=9, lease=timedelta(minutes=1), now=now)
+            webhooks.delivered(connection, [taken], now=now)
+            webhooks.failed(connection, refused, error="answered 400", next_attempt_at=None, now=now)
+            assert webhooks.purge(connection, finished_before=now) == 0
+        assert client.retry_dead_deliveries(endpoint="news") == 1
         engine.dispose()
         # And a reader the decisions
         engine = open_database(role_urls["reader"])

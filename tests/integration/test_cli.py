@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,31 @@ class TestReading:
         assert "text" not in row
         rows = json_lines(moderato("results", "--since", "2026-11-22T12:00:30", "--json", "--text").stdout)
         assert [(row["submission_id"], row["text"]) for row in rows] == [("b", "the text of b")]
+
+    def test_following_ends_with_the_cursor_to_go_on_from(self, moderato: Moderato, sqlite_url: str) -> None:
+        # Given a decision of yesterday, and one of an hour ago
+        now = datetime.now(UTC)
+        decide(sqlite_url, scored("old", decided_at=now - timedelta(days=1)))
+        decide(sqlite_url, scored("early", action="hide", decided_at=now - timedelta(hours=1)))
+        # When somebody follows from some hours ago, and another decision comes
+        following = moderato.start("results", "--follow", "--since", "3h", "--json")
+        assert following.stdout is not None
+        assert json.loads(following.stdout.readline())["submission_id"] == "early"
+        decide(sqlite_url, scored("late", action="hide"))
+        row = json.loads(following.stdout.readline())
+        assert (row["submission_id"], row["model_action"], "text" in row) == ("late", "hide", False)
+        # Then Ctrl-C ends it with where to go on
+        following.send_signal(signal.SIGINT)
+        rest, said = following.communicate(timeout=60)
+        assert (following.returncode, rest) == (0, "")
+        assert said == f"go on from here: moderato results --follow --after {row['cursor']}\n"
+        # And from there the next ones come, in words
+        decide(sqlite_url, scored("last", action="remove", fired_label="toxic", community="news"))
+        following = moderato.start("results", "-f", "--after", row["cursor"], "--community", "news", "--text")
+        assert following.stdout is not None
+        assert re.search(r"last  remove +toxic 0\.10 +v1  the text of last", following.stdout.readline())
+        following.send_signal(signal.SIGINT)
+        assert following.communicate(timeout=60)[0] == ""
 
     def test_a_review_holds(self, moderato: Moderato, sqlite_url: str, client: ModerationClient) -> None:
         decide(sqlite_url, scored("a", action="hide"))

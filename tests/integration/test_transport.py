@@ -19,7 +19,8 @@ from kombu.transport import TRANSPORT_ALIASES, _transport_cache
 from redis import Redis
 
 from api_client.embedded import EmbeddedRedis
-from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK
+from api_client.listening import AnswerLine
+from config.names import ANSWER_CHANNEL, BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK
 from tests.services import wait_until
 from worker import transport
 from worker.envelope import MALFORMED_HEADER, write_envelope
@@ -778,10 +779,43 @@ def test_global_key_prefix_applies_to_every_key(
     second.requeue()
     consumer.channel.qos.renew_leases()
     consumer.tick()
+    # And an answer is published, it is heard by who waits with this prefix
+    with celery.Celery(broker=redis_url, broker_transport_options=options, set_as_current=False) as producer:
+        line = AnswerLine(producer.connection_for_write())
+        consumer.channel.qos.publish(ANSWER_CHANNEL + line.token, b"decided")
+        consumer.tick()
+        assert line.hear(60) == b"decided"
+        assert redis.pubsub_channels() == [f"team:/0.{ANSWER_CHANNEL}{line.token}".encode()]
+        line.close()
     # Then every key has the prefix
     assert redis.hlen("team:" + UNACKED) == redis.zcard("team:" + UNACKED_INDEX) == 1
     assert redis.llen("team:" + MODERATE_QUEUE) == 1
     assert redis.dbsize() == len(list(redis.scan_iter("team:*")))
+
+
+def test_acknowledgements_go_on_where_nothing_may_be_published(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    send(producer, "a", "b")
+    consumer = consume()
+    messages = consumer.receive(2)
+    # Given a user of Redis from before there were answers
+    redis.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    try:
+        for message in messages:
+            # When a message is acknowledged, and its answer refused
+            consumer.channel.qos.publish(ANSWER_CHANNEL + "x", b"decided")
+            message.ack()
+            consumer.tick()
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "allchannels")
+    # Then Redis forgets the messages, and the refusal is said once
+    assert held(redis) == 0
+    assert caplog.text.count("Redis refuses to publish what was decided") == 1
+    # And its end
+    consumer.channel.qos.publish(ANSWER_CHANNEL + "x", b"decided")
+    consumer.tick()
+    assert "Redis publishes what was decided again" in caplog.text
 
 
 def test_stock_consumer_can_take_over(

@@ -18,7 +18,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from api_client.embedded import redis_server_executable
-from config.names import MODERATE_QUEUE
+from api_client.listening import AnswerLine
+from config.names import ANSWER_CHANNEL, MODERATE_QUEUE
 from tests.integration.test_transport import HubConsumer, ids, send
 from tests.services import wait_until
 
@@ -109,7 +110,12 @@ def test_messages_arrive_through_tls(redis_url: str, certificate: tuple[Path, Pa
             assert sorted(ids(consumer.receive(3))) == sorted(sent)
             for message in consumer.messages:
                 message.ack()
+            # And an answer is heard through it by the producer that waits
+            line = AnswerLine(producer.connection_for_write())
+            consumer.channel.qos.publish(ANSWER_CHANNEL + line.token, b"decided")
             consumer.tick()
+            assert line.hear(60) == b"decided"
+            line.close()
             consumer.close()
 
 
@@ -221,5 +227,11 @@ def test_sentinels_new_master_hands_out_what_the_old_one_held(servers: Servers) 
     successor = HubConsumer(url, transport="SentinelTransport", **options)
     with celery.Celery(broker=url, broker_transport_options=named, set_as_current=False) as producer:
         sent = held + send(producer, "new", priority=5)
-    successor.run_until(lambda: set(ids(successor.messages)) >= set(sent), "both messages")
+        successor.run_until(lambda: set(ids(successor.messages)) >= set(sent), "both messages")
+        # And an answer is heard there by who waits
+        line = AnswerLine(producer.connection_for_write())
+        successor.channel.qos.publish(ANSWER_CHANNEL + line.token, b"decided")
+        successor.tick()
+        assert line.hear(60) == b"decided"
+        line.close()
     successor.close()

@@ -17,6 +17,7 @@ from cli.main import app
 from cli.policies import parse_since
 from cli.status import drift_lines
 from cli.terminal import Problem, shorten
+from cli.times import past
 from cli.training import parse_overrides
 from config.names import LABELS
 from config.settings import ROOT, TrainerSettings, explanations, settings
@@ -52,6 +53,12 @@ COMMANDS = [
     ["dataset"],
     ["report"],
     ["health"],
+    ["webhooks"],
+    ["webhooks", "run"],
+    ["webhooks", "list"],
+    ["webhooks", "test"],
+    ["webhooks", "dead"],
+    ["webhooks", "retry"],
     ["db", "upgrade"],
     ["db", "downgrade"],
 ]
@@ -76,6 +83,29 @@ def test_every_command_teaches_by_an_example(command: list[str]) -> None:
 def test_the_help_lists_every_command() -> None:
     done = CliRunner().invoke(app, ["--help"])
     assert all(command[0] in done.output for command in COMMANDS)
+
+
+def test_what_does_not_go_with_following() -> None:
+    assert "--follow does not go with --label" in complaint("results", "--follow", "--label", "toxic")
+    assert "'x' is no cursor" in complaint("results", "--follow", "--after", "x")
+    assert "--after goes with --follow" in complaint("results", "--after", "1")
+
+
+def test_times() -> None:
+    now = datetime.now(UTC)
+    assert timedelta(minutes=9) < now - past("10m") <= timedelta(minutes=10)
+    assert timedelta(days=7) > now - past("6.9d") > timedelta(days=6)
+    assert past("2026-11-23") == past("2026-11-23T00:00:00Z") == datetime(2026, 11, 23, tzinfo=UTC)
+    assert past("2026-11-23 12:00+02:00") == datetime(2026, 11, 23, 10, tzinfo=UTC)
+    for wrong in ("soon", "10", "10w", "-5m", f"{10**9}d"):
+        with pytest.raises(Problem, match="is no time: give one as 10m"):
+            past(wrong)
+
+
+def test_webhooks_without_an_endpoint() -> None:
+    assert "no endpoint is set" in complaint("webhooks", "run")
+    assert "there is no endpoint 'news'" in complaint("webhooks", "test", "news")
+    assert "say which" in complaint("webhooks", "retry")
 
 
 @pytest.mark.parametrize(

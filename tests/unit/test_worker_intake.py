@@ -10,9 +10,9 @@ from celery.worker import state as worker_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.names import MODERATE_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
+from config.names import ANSWER_TO_HEADER, MODERATE_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
 from worker.envelope import malformed_envelope
-from worker.intake import MAX_DELIVERIES, _parse, _queue_name, _submitted_at
+from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _queue_name, _submitted_at
 from worker.transport import UNREAD_RETURNS
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -44,6 +44,13 @@ def test_a_plausible_time_of_submission_is_believed(age_s: float) -> None:
 def test_any_other_time_of_submission_is_now(seconds: object) -> None:
     assert _submitted_at({SUBMITTED_AT_HEADER: seconds}, NOW) == NOW
     assert _submitted_at({}, NOW) == NOW
+
+
+def test_a_token_to_answer_to_is_letters_digits_and_hyphens() -> None:
+    assert _answer_to({ANSWER_TO_HEADER: "3f-A9"}) == "3f-A9"
+    others: list[object] = ["", "a.b", "a*", "a\n", "\u0660", "x" * 65, 7, True, None, ["a"], {"a": 1}]
+    assert [_answer_to({ANSWER_TO_HEADER: other}) for other in others] == [None] * len(others)
+    assert _answer_to({}) is None
 
 
 SOUND, SECRET, BAD = {"text": "hello", "author": "ann"}, {"text": "hidden", "store_text": False}, {"text": ""}
