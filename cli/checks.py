@@ -193,7 +193,7 @@ def _redis(settings: Settings) -> Iterator[Any]:
 
 
 def _broker_errors() -> tuple[type[Exception], ...]:
-    from api_client.client import BROKER_ERRORS
+    from api_client.listening import BROKER_ERRORS
 
     return BROKER_ERRORS
 

@@ -128,7 +128,7 @@ def is_due(connection: Connection, endpoint: str, now: datetime) -> bool:
 def claim(connection: Connection, endpoint: str, *, limit: int, lease: timedelta, now: datetime) -> list[Claim]:
     """Take deliveries that are due, the longest waiting first; nobody else takes them before the lease has run out."""
     decision = [each for each in Decision.__table__.c if each.name in Claim.__slots__]
-    submission = [Submission.comment_id, Submission.community, Submission.text]
+    submission = Submission.comment_id, Submission.community, Submission.text
     due = (
         select(WebhookDelivery.endpoint, WebhookDelivery.attempts + 1, *decision, *submission)
         .join_from(WebhookDelivery, Decision, WebhookDelivery.submission_id == Decision.submission_id)
@@ -138,7 +138,7 @@ def claim(connection: Connection, endpoint: str, *, limit: int, lease: timedelta
         .limit(limit)
         .with_for_update(of=WebhookDelivery, skip_locked=True)
     )
-    names = ["endpoint", "attempts", *(column.name for column in (*decision, *submission))]
+    names = ["endpoint", "attempts", *(column.name for column in decision), "comment_id", "community", "text"]
     claims = [Claim(**dict(zip(names, row, strict=True))) for row in connection.execute(due)]
     if claims:
         _change(connection, claims, attempts=WebhookDelivery.attempts + 1, next_attempt_at=now + lease)

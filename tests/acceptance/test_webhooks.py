@@ -34,7 +34,7 @@ def receiver_class(tmp_path_factory: pytest.TempPathFactory) -> type[BaseHTTPReq
     [block] = [block for block in blocks if "class Receiver" in block]
     file = tmp_path_factory.mktemp("docs") / "receiver.py"
     file.write_text(block, encoding="utf-8")
-    return runpy.run_path(str(file))["Receiver"]  # type: ignore[no-any-return]
+    return runpy.run_path(str(file))["Receiver"]
 
 
 @dataclass
@@ -63,11 +63,11 @@ def endpoint(receiver_class: type[BaseHTTPRequestHandler]) -> Iterator[Endpoint]
         seen = received
 
         def do_POST(self) -> None:  # noqa: N802
-            endpoint.attempts[self.headers["webhook-id"]] += 1
-            status = endpoint.answers.pop(0) if endpoint.answers else None
-            if status == 0 or not endpoint.open.is_set():
+            posted.attempts[self.headers["webhook-id"]] += 1
+            status = posted.answers.pop(0) if posted.answers else None
+            if status == 0 or not posted.open.is_set():
                 time.sleep(3 * ENDPOINT_TIMEOUT_S)
-                endpoint.open.wait(TIMEOUT_S)
+                posted.open.wait(TIMEOUT_S)
                 self.close_connection = True
             elif status is not None:
                 self.send_error(status)
@@ -77,11 +77,11 @@ def endpoint(receiver_class: type[BaseHTTPRequestHandler]) -> Iterator[Endpoint]
         def log_message(self, *args: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/hook", received)
-        endpoint.open.set()
+        posted = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/hook", received)
+        posted.open.set()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield endpoint
-        endpoint.open.set()
+        yield posted
+        posted.open.set()
         server.shutdown()
 
 

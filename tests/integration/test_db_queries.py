@@ -261,9 +261,13 @@ class TestRecordingDecisions:
 
 
 def every_stored_value(connection: Any) -> list[tuple[Any, ...]]:
-    """As the driver hands them out, with no word from the tables' column types."""
-    both = [text(f"SELECT * FROM {table} ORDER BY submission_id") for table in ("submissions", "decisions")]
-    return [tuple(row) for every in both for row in connection.execute(every)]
+    """As the driver hands them out, with no word from the tables' column types; but for the order of recording."""
+    stored = []
+    for table in (Submission, Decision):
+        columns = ", ".join(each.name for each in table.__table__.c if each.name != "position")
+        rows = connection.execute(text(f"SELECT {columns} FROM {table.__tablename__} ORDER BY submission_id"))
+        stored += [tuple(row) for row in rows]
+    return stored
 
 
 def _waiting_for_a_lock(connection: Any) -> int:
