@@ -64,11 +64,15 @@ class QueueWatch:
             self._look()
         except Exception:
             self.queues, self.unacknowledged = {}, None
-            broker, self._broker = self._broker, None
-            if broker is not None:
-                with suppress(Exception):
-                    broker.close()
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Give up the connection; the next look makes another."""
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            with suppress(Exception):
+                broker.close()
 
     def _look(self) -> None:
         if self._broker is None:
@@ -111,7 +115,6 @@ class WorkerMetrics:
         if intake.pipeline is None:
             return
         yield from self._pipeline(intake.stats(), intake.pipeline.counters())
-        yield _info("moderato_policy", "The policy that decides.", version=intake.pipeline.policy_version)
         if intake.follower is not None:
             swaps = CounterMetricFamily(
                 "moderato_version_swaps", "Activations that this worker followed, or refused to.", labels=["outcome"]
@@ -161,6 +164,7 @@ class WorkerMetrics:
 
     def _pipeline(self, stats: dict[str, Any], counters: Counters) -> Iterator[Metric]:
         yield _info("moderato_model", "The version that scores.", version=stats["version"], engine=stats["engine"])
+        yield _info("moderato_policy", "The policy that decides.", version=stats["policy_version"])
         held, limit = stats["held_comments"], stats["max_held_comments"]
         yield _gauge("moderato_held_comments", "Comments taken from Redis and not yet acknowledged.", held)
         yield _gauge("moderato_held_comments_limit", "Most of them.", limit)

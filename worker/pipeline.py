@@ -162,10 +162,6 @@ class Pipeline:
         """The active version's."""
         return self._scorer
 
-    @property
-    def policy_version(self) -> str:
-        return self._policy.version
-
     def counters(self) -> Counters:
         """As they are now; a copy."""
         with self._lock:

@@ -156,9 +156,9 @@ class VersionFollower:
         try_out(self._trial)
 
     def _follow(self, activation: ActivationRow) -> None:
+        self.is_behind = False
         self._record(activation, None)
         self._followed_id = activation.activation_id
-        self.is_behind = False
 
     def _refuse(self, activation: ActivationRow, refusal: str) -> None:
         self._retry_at = time.monotonic() + RETRY_REFUSED_S

@@ -150,6 +150,22 @@ class TestDeciding:
             ["mixed:0", "mixed:2", "bad:0"], "invalid_comment"
         )
 
+    def test_a_line_of_the_log_for_each_refusal_and_each_forward_pass(
+        self, scorer: Scorer, engine: Engine, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        moderator = Moderator(scorer, engine)
+        moderator.deliver("m", {"text": f"{MARKER} good"}, {"text": MARKER, "id": ""})
+        with caplog.at_level("DEBUG", "worker.pipeline"):
+            moderator.start()
+            moderator.finish()
+        lines = [vars(record) for record in caplog.records if record.name == "worker.pipeline"]
+        # Then they name what they are about in fields of their own, and never the text
+        [refusal] = [line for line in lines if "submission_id" in line]
+        assert (refusal["submission_id"], refusal["reason"]) == ("m:1", "invalid_comment")
+        [batch] = [line for line in lines if "batch_id" in line]
+        assert (batch["batch_id"], batch["version"], batch["texts"]) == (1, scorer.version, 1)
+        assert MARKER not in caplog.text
+
     def test_a_redelivered_message_changes_nothing(self, scorer: Scorer, engine: Engine) -> None:
         moderator = Moderator(scorer, engine)
         moderator.start()
@@ -159,6 +175,8 @@ class TestDeciding:
         moderator.deliver("m", {"text": f"{MARKER} good"}, {"text": ""})
         moderator.finish()
         assert (results(engine), letters(engine)) == first
+        # And what was decided before is not counted again
+        assert moderator.pipeline.counters().decisions.total() == 1
 
 
 class TestIdempotency:
@@ -185,6 +203,9 @@ class TestIdempotency:
         assert letter.dead_letter_id.startswith("k#")
         assert "the idempotency key 'k' was used before with another text" in letter.detail
         assert b"edited" in letter.payload
+        # And each is counted once, for what became of it
+        counted = moderator.pipeline.counters()
+        assert (counted.decisions.total(), dict(counted.dead_letters)) == (1, {"idempotency_conflict": 1})
 
     @staticmethod
     def deliver_twice(moderator: Moderator, first: dict[str, Any], changes: dict[str, Any], together: bool) -> None:
@@ -417,6 +438,9 @@ class TestTrouble:
         }
         assert "the database refused its row (IntegrityError" in found["m:5"].detail
         assert MARKER not in found["m:5"].detail
+        counted = moderator.pipeline.counters()
+        assert (counted.decisions.total(), sum(counted.queue.counts)) == (10, 10)
+        assert dict(counted.dead_letters) == {"recording_failed": 1, "invalid_comment": 1}
 
     @pytest.mark.parametrize("broken", ["engine", "acknowledgement"])
     def test_a_broken_pipeline_ends_its_process(self, tiny_version: Path, database_url: str, broken: str) -> None:

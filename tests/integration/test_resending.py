@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,35 +18,10 @@ from db.durable import PendingSubmission, database_time, record_pending
 from db.session import reading, writing
 from db.tables import Submission
 from tests.integration.rows import minutes, pending
-from worker import clock, resending, transport
+from worker import clock, resending
 from worker.message import parse_message
 from worker.resending import Resending
 from worker.sweeper import Sweeper
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as client:
-        yield client
-
-
-@pytest.fixture
-def make_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Celery]]:
-    """Celery apps with the worker's transport."""
-    monkeypatch.setattr(kombu_transport, "TRANSPORT_ALIASES", dict(kombu_transport.TRANSPORT_ALIASES))
-    transport.install()
-    apps: list[Celery] = []
-
-    def make(broker_url: str, **options: Any) -> Celery:
-        app = Celery(broker=broker_url, set_as_current=False)
-        app.conf.broker_transport_options = transport.transport_options(30) | options
-        apps.append(app)
-        return app
-
-    yield make
-    for app in apps:
-        app.close()
-    kombu_transport._transport_cache.clear()
 
 
 @pytest.fixture
@@ -118,6 +93,7 @@ def test_what_redis_has_lost_is_sent_again(engine: Engine, app: Celery, redis: R
     assert (sent.created_at, sent.expires_at) == (full.created_at, expires_at)
     assert headers["submitted_at"] == full.submitted_at.timestamp()
     assert full.text not in json.dumps(headers)
+    assert sweep.resent == 302
     # And they are fresh now, so that nobody sends them once more
     assert min(enqueued_at(engine).values()) > ago(engine, 60)
     assert not sweep()

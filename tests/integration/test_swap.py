@@ -71,6 +71,11 @@ class Worker:
     def versions(self) -> list[str]:
         return [scorer.version for scorer in self.scorers]
 
+    @property
+    def counted(self) -> tuple[int, int, bool]:
+        """Activations followed and refused, and whether the active one is refused now."""
+        return self._follower.accepted, self._follower.refused, self._follower.is_behind
+
     def start(self) -> None:
         self.scorers.append(self._follower.load_first())
         self._follower.follow(self.scorers.append, self.trials.append)
@@ -268,6 +273,7 @@ class TestFollowing:
         assert word.error is not None
         assert "version v2: model.safetensors is damaged" in word.error
         assert worker.versions == ["v1"]
+        assert worker.counted == (0, 1, True)
         # And a rollback is followed at once rather than after the pause between two attempts
         word = worker.word(activate(engine, "v1"))
         assert (word.version, word.error) == ("v1", None)
@@ -275,6 +281,7 @@ class TestFollowing:
         publish("v3")
         assert worker.word(activate(engine, "v3")).error is None
         assert worker.versions == ["v1", "v3"]
+        assert worker.counted == (1, 1, False)
 
     def test_a_version_that_comes_late_is_loaded_when_it_is_there(
         self, worker: Worker, engine: Engine, publish: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
