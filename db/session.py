@@ -78,8 +78,9 @@ def is_outage(error: BaseException) -> bool:
         return False
     sqlstate: str = getattr(error.orig, "sqlstate", None) or ""
     if isinstance(error, ProgrammingError):
-        # Class 42 is a missing table or privilege; any other is a value that the driver cannot send.
-        return sqlstate.startswith("42")
+        # Class 42 is a missing table or privilege, 26 a statement that was prepared on another connection of a pooler;
+        # any other is a value that the driver cannot send.
+        return sqlstate.startswith(("42", "26"))
     # Class 54: the row is larger than PostgreSQL allows.
     return not sqlstate.startswith("54")
 

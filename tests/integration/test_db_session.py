@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, delete, insert, make_url, select, text, update
+from sqlalchemy.exc import ProgrammingError
 
 from db import session
 from db.session import is_outage, open_database, reading, writing
@@ -220,3 +221,11 @@ class TestPooler:
             prepared = connection.scalar(text("SELECT COUNT(*) FROM pg_prepared_statements WHERE NOT from_sql"))
         engine.dispose()
         assert bool(prepared) == prepares
+
+    def test_what_a_pooler_has_lost_is_no_fault_of_the_data(self, postgres_url: str) -> None:
+        """Else a comment that was scored would become a dead letter for it."""
+        engine = open_database(postgres_url)
+        with pytest.raises(ProgrammingError) as raised, reading(engine) as connection:
+            connection.execute(text("EXECUTE prepared_elsewhere"))
+        engine.dispose()
+        assert is_outage(raised.value)
