@@ -7,7 +7,8 @@
 # broker_url_USER       Redis' URL for each of its users: worker, trainer, operator, and producer for your applications
 # postgres_password     of PostgreSQL's superuser
 # postgres_roles.sql    gives the roles of deploy/postgresql/roles.sql their passwords
-# database_url_ROLE     PostgreSQL's URL for each of them: owner, worker, trainer, reader, and client for your applications
+# database_url_ROLE     PostgreSQL's URL for each of them: owner, worker, trainer, webhooks, reader, and client
+#                       for your applications
 # grafana_password      of its user admin
 #
 # Where the folder is there already it is left alone: the servers' volumes know the passwords in it.
@@ -35,7 +36,7 @@ for user in producer worker trainer operator; do
     mv "$unfinished/acl" "$unfinished/redis_users.acl"
     echo "redis://$user:$secret@redis:6379/0" > "$unfinished/broker_url_$user"
 done
-for role in owner worker trainer client reader; do
+for role in owner worker trainer client webhooks reader; do
     secret=$(password)
     echo "ALTER ROLE moderato_$role PASSWORD '$secret';" >> "$unfinished/postgres_roles.sql"
     echo "postgresql://moderato_$role:$secret@postgres:5432/moderato" > "$unfinished/database_url_$role"

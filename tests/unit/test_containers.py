@@ -251,7 +251,7 @@ class TestSecrets:
         assert {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()} <= made.keys()
         assert "PASSWORD " not in made["redis_users.acl"]
         passwords = re.findall(r"[0-9a-f]{48}", "".join(made[name] for name in made if "url" not in name))
-        assert len(set(passwords)) == len(passwords) == 4 + 5 + 2
+        assert len(set(passwords)) == len(passwords) == 4 + 6 + 2
 
     def test_only_their_owner_can_come_to_them_and_a_containers_user_can_read_them(self, secrets: Path) -> None:
         assert secrets.stat().st_mode & 0o777 == 0o700
