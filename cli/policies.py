@@ -1,5 +1,6 @@
 """`moderato policy`: see, try out and change the policy that decides, for all workers and without a restart."""
 
+import hashlib
 import re
 import time
 from collections.abc import Mapping
@@ -50,30 +51,41 @@ def show(
     Example: moderato policy show --text > policy.yaml
     """
     from api_client.client import ModerationClient
+    from model.policy import PolicyError, parse_policy
 
     with ModerationClient() as client:
-        policy = find_policy(client, name)
+        found = find_text(client, name)
         if text:
-            print(policy.text, end="")
+            print(found, end="")
             return
         active, activity = client.active_policy(), client.activity()
-    is_active = active is not None and active.policy_version == policy.version
+    version = hashlib.sha256(found.encode()).hexdigest()
+    activation = active if active is not None and active.policy_version == version else None
+    communities, error = None, None
+    try:
+        communities = parse_policy(found).communities
+    except PolicyError as cause:  # of a newer release
+        error = str(cause)
     if as_json:
         workers = {
             node: {"policy_version": stats.policy_version, "refusal": stats.policy_refusal}
             for node, stats in activity.pipelines.items()
         }
-        facts = {"policy_version": policy.version, "communities": policy.communities, "text": policy.text}
-        print_json(facts | {"activation": active if is_active else None, "workers": workers})
+        facts = {"policy_version": version, "communities": communities, "error": error, "text": found}
+        print_json(facts | {"activation": activation, "workers": workers})
         return
-    out.print(Text(f"policy       {policy.version}"))
-    out.print(Text(f"communities  {_listed(policy.communities)}"))
-    if active is not None and is_active:
-        out.print(Text(f"active       since {shown(active.activated_at)}, by {active.activated_by}: {active.reason}"))
+    out.print(Text(f"policy       {version}"))
+    if communities is not None:
+        out.print(Text(f"communities  {_listed(communities)}"))
+    else:
+        out.print(Text(f"             cannot be read by this release: {error}", "red"), soft_wrap=True)
+    if activation is not None:
+        since = f"since {shown(activation.activated_at)}, by {activation.activated_by}: {activation.reason}"
+        out.print(Text(f"active       {since}"), soft_wrap=True)
     for problem in activity.problems:
         say(f"moderato: {problem}")
     for node, stats in activity.pipelines.items():
-        out.print(Text(f"worker       {worker_line(node, stats.policy_version, stats.policy_refusal)}"))
+        out.print(Text(f"worker       {worker_line(node, stats.policy_version, stats.policy_refusal)}"), soft_wrap=True)
 
 
 @app.command()
@@ -168,14 +180,18 @@ def activate(
     Example: moderato policy activate policy.yaml --reason "fewer insults in the news"
     """
     from api_client.client import ModerationClient
+    from model.policy import PolicyError
     from model.replay import rule_changes
 
     with ModerationClient() as client:
-        policy, before, active = find_policy(client, name), find_policy(client, ACTIVE), client.active_policy()
+        policy, active = find_policy(client, name), client.active_policy()
         if active is not None and active.policy_version == policy.version:
             say(f"policy {policy.version[:HASH_CHARS]} is the active one already; nothing was changed")
             return
-        _show_rule_changes(rule_changes(before, policy), ACTIVE, name)
+        try:
+            _show_rule_changes(rule_changes(find_policy(client, ACTIVE), policy), ACTIVE, name)
+        except PolicyError as error:  # of a newer release, say: what is to replace it need not wait for that
+            say(f"what differs cannot be shown: {error}")
         if not yes:
             typer.confirm("Decide by this policy from now on?", abort=True)
         client.activate_policy(policy.text, by=by or user(), reason=reason)
@@ -234,21 +250,37 @@ def find_policy(client: "ModerationClient", name: str) -> "Policy":
         Problem: the name is none of a policy.
         PolicyError: it cannot be read, or is one that this release does not understand.
     """
+    from model.policy import PolicyError, parse_policy
+
+    text = find_text(client, name)
+    try:
+        return parse_policy(text)
+    except PolicyError as error:
+        raise PolicyError(f"policy {name}: {error}") from None
+
+
+def find_text(client: "ModerationClient", name: str) -> str:
+    """The text of a policy by its name; of a stored one whether this release understands it or not.
+
+    Raises:
+        Problem: the name is none of a policy.
+        PolicyError: it is a file that cannot be read.
+    """
     from config.settings import settings
     from db.policies import NoSuchPolicy
-    from model.policy import parse_policy, read_policy
+    from model.policy import read_policy
 
     if name == ACTIVE:
         active = client.active_policy()
         if active is not None:
-            return parse_policy(client.policy(active.policy_version)[1])
+            return client.policy(active.policy_version)[1]
         file = settings().policy_file
         say(f"no policy was ever activated: each worker decides by its own policy file, which here is {file}")
-        return read_policy(file)
+        return read_policy(file).text
     if Path(name).is_file():
-        return read_policy(Path(name))
+        return read_policy(Path(name)).text
     try:
-        return parse_policy(client.policy(name)[1])
+        return client.policy(name)[1]
     except NoSuchPolicy as error:
         raise Problem(f"{name} is neither a file nor `{ACTIVE}`, and {error}") from None
 

@@ -279,6 +279,15 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         assert client.wait([*ids, expired], timeout_s=TIMEOUT_S) == {**dict.fromkeys(ids, "decided"), expired: "dead"}
         client.review(ids[0], action="allow", reviewer="ann")
         client.activate("v1", by="client", reason="again")
+        # And a policy is activated, which the worker follows
+        client.activate_policy("communities: {default: {}}", by="client", reason="allow everything")
+        active = client.active_policy()
+        assert active is not None
+        wait_until(
+            lambda: [each.policy_version for each in client.activity().pipelines.values()] == [active.policy_version],
+            TIMEOUT_S,
+            "the worker on the active policy",
+        )
         # And texts are erased by the owner, and by the worker those that have grown old
         assert owner.erase(Subject("author", "ann"), by="owner")[1] is None
         engine = open_database(role_urls["worker"])

@@ -264,6 +264,11 @@ class TestReading:
         result = client.result("s8")
         assert result is not None
         assert (result.action, result.reviewer) == ("remove", "ann")
+        # And where the active one is of a newer release, it is shown as far as it goes, and can be replaced
+        client.activate_policy("communities: {default: {toxic: {ban: 1}}}", by="newer", reason="a mistake")
+        assert "cannot be read by this release: communities.default.toxic names" in moderato("policy", "show").stdout
+        assert json.loads(moderato("policy", "show", "--json").stdout)["communities"] is None
+        assert "cannot be shown" in moderato("policy", "activate", str(mild), "--yes").stderr
         # And a name of nothing is one line
         assert "neither a file nor `active`" in moderato("policy", "show", "absent.yaml", status=1).stderr
 
