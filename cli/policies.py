@@ -348,7 +348,8 @@ def _unknown_communities(policy: "Policy") -> list[str]:
 
     if not database_is_there():
         return []
-    names = [name for name in policy.communities if name != DEFAULT_COMMUNITY]
+    # One that others inherit from may be there for their sake alone.
+    names = [name for name in policy.communities if name != DEFAULT_COMMUNITY and name not in policy.bases]
     try:
         with ModerationClient() as client:
             known = client.known_communities(names)

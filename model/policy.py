@@ -41,8 +41,10 @@ class Verdict:
 class Policy:
     """A checked policy. `version` is the sha256 of its text, so that a decision names exactly what decided it."""
 
-    def __init__(self, text: str, communities: dict[str, Rules]) -> None:
+    def __init__(self, text: str, communities: dict[str, Rules], bases: Collection[str]) -> None:
         self.text = text
+        self.bases = frozenset(bases)
+        """Communities that others inherit from."""
         self.version = hashlib.sha256(text.encode()).hexdigest()
         self._communities = communities
 
@@ -117,7 +119,7 @@ def parse_policy(text: str) -> Policy:
         if INHERITS in labels:
             above[name] = str(labels[INHERITS])
     _check_above(above, own)
-    return Policy(text, _complete(own, above))
+    return Policy(text, _complete(own, above), above.values())
 
 
 def _check_above(above: Mapping[str, str], names: Collection[str]) -> None:
