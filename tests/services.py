@@ -1,6 +1,7 @@
 """Real services for the tests: a PostgreSQL server, a new database on it, and waiting for what other processes do."""
 
 import os
+import socket
 import tempfile
 import time
 import uuid
@@ -29,6 +30,13 @@ def wait_until(condition: Callable[[], Found | None], timeout_s: float = 60, wha
             raise TimeoutError(f"{what} did not come true within {timeout_s} s; last seen: {found!r}")
         time.sleep(0.05)
     return found
+
+
+def free_port() -> int:
+    """On which nothing listens, now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -24,14 +24,16 @@ from bench.tiny import copy_version
 from config.names import MODERATE_QUEUE, RETRAIN_QUEUE, Action
 from config.settings import PREFIX, ROOT, settings
 from db import feed, queries, reviews, webhooks
+from db.drift import measure_drift
 from db.durable import database_time
 from db.migrate import upgrade
 from db.privacy import Erased, Subject, erase_expired
 from db.session import open_database, reading, writing
 from model.version import read_manifest
 from tests.acceptance.system import TIMEOUT_S, CeleryProcess
-from tests.integration.test_transport_servers import free_port
-from tests.services import SERVER_VARIABLE, wait_until
+from tests.acceptance.test_monitoring import Asked
+from tests.services import SERVER_VARIABLE, free_port, wait_until
+from trainer.monitoring import look
 
 USERS_FILE = ROOT / "deploy" / "redis" / "users.acl"
 USERS = ("producer", "worker", "trainer", "operator")
@@ -137,11 +139,17 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
     versions_dir = tmp_path / "versions"
     versions_dir.mkdir()
     activate(sqlite_url, copy_version(tiny_version, versions_dir, "v1"))
-    # Given a worker and a trainer, each as its user
+    # Given a worker and a trainer, each as its user, and both watched
+    watched = {"WORKER": Asked(free_port()), "TRAINER": Asked(free_port())}
+    ports = {f"MODERATO_METRICS__{part}_PORT": str(asked.port) for part, asked in watched.items()}
     parts = {"worker": MODERATE_QUEUE, "trainer": RETRAIN_QUEUE}
     processes = {
         part: CeleryProcess(
-            part, queue, part, environment(guarded.url(part), sqlite_url, versions_dir), tmp_path / f"{part}.log"
+            part,
+            queue,
+            part,
+            environment(guarded.url(part), sqlite_url, versions_dir) | ports,
+            tmp_path / f"{part}.log",
         )
         for part, queue in parts.items()
     }
@@ -163,6 +171,9 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         # Then they are decided, and forgotten
         assert set(producer.wait(ids, timeout_s=TIMEOUT_S).values()) == {"decided"}
         wait_until(lambda: operator.activity().held_messages == 0, TIMEOUT_S, "acknowledgements")
+        # And whoever watches is told that all is well, and what waits
+        assert [asked.get("/readyz") for asked in watched.values()] == [(200, "ok")] * 2
+        assert watched["WORKER"].metrics().sum("moderato_queue_messages") == 0
         # And an operator sees both, and may ask for a training and another version
         state = operator.status()
         assert state.problems == []
@@ -294,6 +305,7 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         with writing(engine) as connection:
             later = datetime.now(UTC) + timedelta(days=2)
             erased = erase_expired(connection, keep_days=1, by="w1", now=later)
+            assert measure_drift(connection, now=later) is not None
         assert erased == (Erased(1, 1), False)
         engine.dispose()
         # Then the trainer finds its food, and a run that is asked for can be claimed
@@ -301,6 +313,7 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         with writing(engine) as connection:
             queries.request_run(connection, run_id="r", requested_by="t", overrides={}, now=datetime.now(UTC))
             assert queries.claim_run(connection, "r", datetime.now(UTC))
+            assert look(connection, None).runs == {"running": 1}
             assert [each.text for each in reviews.judged_texts(connection)] == [None]  # it was erased
             queries.activate(connection, version="v1", by="trainer", reason="better", now=datetime.now(UTC))
         engine.dispose()

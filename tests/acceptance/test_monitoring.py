@@ -28,7 +28,7 @@ from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, System
 from tests.integration.outage import outage
 from tests.integration.rows import prepare, scored
 from tests.queries import queries, unanswerable
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 
 pytestmark = pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
 
@@ -113,12 +113,6 @@ def of_running_training(system: System, trainer: Asked) -> Exposed | None:
         rows.report_progress(connection, "running", now=datetime.now(UTC))
     seen = trainer.metrics()
     return seen if "moderato_training_run_info" in seen.samples else None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def with_histogram(version: Path, directory: Path) -> Path:

@@ -1,7 +1,6 @@
 """Celery's own tools, workers and monitor stand beside ours as beside any other Celery app."""
 
 import json
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +16,7 @@ from api_client.client import ModerationClient
 from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MODERATE_QUEUE, MODERATE_TASK, Reason
 from config.settings import ROOT
 from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, CeleryProcess, System
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 
 pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
 
@@ -181,12 +180,6 @@ def test_a_stock_worker_can_take_our_queue_over(system: System, texts: list[str]
     assert isinstance(ran, list)
     taken = [comment["text"] for message in ran for comment in json.loads(message)]
     assert sorted(taken + [row.text or "" for row in system.decisions()]) == sorted(texts[:600])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_flower_shows_our_worker(system: System, tmp_path: Path) -> None:

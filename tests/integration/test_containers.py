@@ -9,8 +9,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from api_client.embedded import redis_server_executable
-from tests.integration.test_transport_servers import free_port
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 from tests.unit.test_containers import SERVICES, make_secrets
 
 

@@ -13,7 +13,8 @@ from api_client.client import ModerationClient
 from config.settings import load_settings
 from db.session import DatabaseProblem, open_database, reading, writing
 from tests.integration.rows import decide, scored
-from tests.integration.test_transport_servers import certificate, free_port, tls_in_front_of
+from tests.integration.test_transport_servers import certificate, tls_in_front_of
+from tests.services import free_port
 
 __all__ = ["certificate"]
 

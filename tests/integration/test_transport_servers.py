@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import socket
 import ssl
 import subprocess
 import threading
@@ -21,16 +20,10 @@ from api_client.embedded import redis_server_executable
 from api_client.listening import AnswerLine
 from config.names import ANSWER_CHANNEL, MODERATE_QUEUE
 from tests.integration.test_transport import HubConsumer, ids, send
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 
 POSTGRESQL_SSL_REQUEST = bytes.fromhex("0000000804d2162f")
 """https://www.postgresql.org/docs/current/protocol-message-formats.html"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
