@@ -56,6 +56,8 @@ TRY_LATER = (408, 425, 429)
 """Beside 5xx: what an endpoint answers that is not well, whatever is posted."""
 
 logger = logging.getLogger(__name__)
+# It says at INFO where each request went; an endpoint's URL may hold what only its owner should know.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 class NoSecret(Exception):
