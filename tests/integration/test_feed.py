@@ -321,7 +321,17 @@ class TestWaitingForOneDecision:
 
             yield run
 
-    def test_every_end(self, moderated: Callable[..., Any], database_url: str) -> None:
+    @pytest.fixture
+    def lose_answers(self, redis_url: str) -> Callable[[], object]:
+        def lose() -> None:
+            with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis:
+                assert redis.client_kill_filter(_type="pubsub")
+
+        return lose
+
+    def test_every_end(
+        self, moderated: Callable[..., Any], lose_answers: Callable[[], object], database_url: str
+    ) -> None:
         # Without a decision in time
         said = moderated("a", lambda: None, timeout_s=0.3)
         assert isinstance(said, WaitTimeout)
@@ -336,6 +346,9 @@ class TestWaitingForOneDecision:
         said = moderated("b", lambda: decide(database_url, row))
         assert isinstance(said, Verdict)
         assert (said.submission_id, said.action, said.fired_label, said.toxic) == ("b", "hide", "toxic", 0.1)
+        # Decided while the connection is lost on which it would be answered; and the next one after that
+        for key in ("c", "d"):
+            assert moderated(key, lambda key=key: (lose_answers(), decide(database_url, scored(key)))).action == "allow"
         # Of another text under this key
         said = moderated("b", lambda: None, "another text")
         assert isinstance(said, InvalidComment)
