@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -346,9 +347,14 @@ class TestWaitingForOneDecision:
         said = moderated("b", lambda: decide(database_url, row))
         assert isinstance(said, Verdict)
         assert (said.submission_id, said.action, said.fired_label, said.toxic) == ("b", "hide", "toxic", 0.1)
+
         # Decided while the connection is lost on which it would be answered; and the next one after that
+        def decide_unheard(key: str) -> None:
+            lose_answers()
+            decide(database_url, scored(key))
+
         for key in ("c", "d"):
-            assert moderated(key, lambda key=key: (lose_answers(), decide(database_url, scored(key)))).action == "allow"
+            assert moderated(key, partial(decide_unheard, key)).action == "allow"
         # Of another text under this key
         said = moderated("b", lambda: None, "another text")
         assert isinstance(said, InvalidComment)
