@@ -41,7 +41,7 @@ def prune(
     before = datetime.now(UTC) - timedelta(days=older_than_days)
     with ModerationClient() as client, _explained(versions_dir):
         registered = {row.version: row.registered_at for row in client.versions()}
-        needed = {STARTER_VERSION: "the starter"} | _on_workers(client)
+        needed = {STARTER_VERSION: "the starter"} | versions_on_workers(client)
         # Nobody activates a version between the choice and its renaming.
         with client.holding_activations() as needed_by_database:
             needed |= needed_by_database
@@ -67,7 +67,7 @@ def prune(
     say(f"deleted {count}" if yes else f"{count} would go" + ("; --yes deletes them" if going else ""))
 
 
-def _on_workers(client: "ModerationClient") -> dict[str, str]:
+def versions_on_workers(client: "ModerationClient") -> dict[str, str]:
     """The versions that the workers who answer score with."""
     activity = client.activity()
     if activity.problems:

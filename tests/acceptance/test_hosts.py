@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.tiny import copy_version
+from cli.pruning import versions_on_workers
 from config.settings import ROOT
 from tests.acceptance.system import TIMEOUT_S, System
 from tests.services import wait_until
@@ -68,6 +69,10 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     system.wait_for_decisions(ids)
     # And that can be seen
     assert f"{w2.node} refused it, goes on with v1: version v3: there is no directory" in moderato(system, "models")
+
+    # And each worker can be asked what it runs, whatever it has written
+    running = versions_on_workers(system.client)
+    assert running == {"v1": f"{w2.node} runs it", "v3": f"{w1.node} runs it"}
 
     # When old versions are deleted on the host that has them all
     pruned = json.loads(moderato(system, "models", "prune", "--keep", "0", "--yes", "--json"))

@@ -199,7 +199,7 @@ class TestProcesses:
     def test_what_is_set_is_a_setting(self, name: str, secrets: Path) -> None:
         settings = load_settings(environment(OURS[name], secrets))
         # And each comes in as the user that is made for it
-        users = [f"//{user}:" in settings.broker_url for user in ("worker", "trainer", "operator")]
+        users = [f"//{user}:" in settings.broker_url for user in ("worker", "trainer", "operator", "producer")]
         assert sum(users) == ("MODERATO_BROKER_URL_FILE" in OURS[name].get("environment", {}))
         assert "@postgres:5432/moderato" in settings.database_url
 
