@@ -86,6 +86,7 @@ SECTIONS = {
 
 TOLD = {
     *("holdout_int8", "holdout_fp32", "int8", "int8_largest_difference"),
+    "score_histogram",  # for drift to be measured by, not for people
     *("training_loss", "best_step", "stopped_early", "history"),
 }
 """Of a manifest's metrics, those that have a place of their own."""
