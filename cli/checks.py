@@ -338,10 +338,8 @@ def check_versions(settings: Settings) -> Iterator[Finding]:
     from model.version import VersionError, version_directory
 
     directory = settings.versions_dir
-    if not directory.is_dir():
-        said = f"{directory} is no folder: only the starter version is at hand"
-        yield Finding("versions", "warning", said, "mount the shared volume there, or set MODERATO_VERSIONS_DIR")
-    elif not os.access(directory, os.R_OK | os.X_OK):
+    # One that is not there yet holds nothing that is missed while the starter is active; else what follows says so.
+    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
         yield Finding("versions", "problem", f"{directory} cannot be read by this user", f"chmod o+rx {directory}")
     version = STARTER_VERSION
     try:
