@@ -388,7 +388,7 @@ class TestOffline:
                 rows = [(f"comment {number} of {name}", said) for number in range(12)]
                 csv.writer(file).writerows([("body", "target"), *rows])
         files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
-        named = ["--version", VERSION, "--column", "comment_text=body", "--column", "toxic=target"]
+        named = ["--version", VERSION, "--columns", "comment_text=body", "--columns", "toxic=target"]
         # When they are measured as one, under evasion too
         done = moderato("evaluate", *files, *named, "--robustness", "--misses", "3")
         # Then there are the figures, those of each spelling, and comments on the terminal
@@ -405,8 +405,8 @@ class TestOffline:
         policy = parse_policy(moderato("evaluate", *files, *named, "--thresholds").stdout)
         assert policy.decide("default", [1.0] * 6).label == "toxic"
         # And a column that we have no name for is refused
-        done = moderato("evaluate", *files, "--column", "body=comment_text", status=1)
-        assert "--column body=comment_text must be NAME=COLUMN" in done.stderr
+        done = moderato("evaluate", *files, "--columns", "body=comment_text", status=1)
+        assert "--columns body=comment_text must be OURS=THEIRS" in done.stderr
 
     def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
         # When the version is fine-tuned a little further into a directory of its own
