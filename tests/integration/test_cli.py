@@ -277,7 +277,7 @@ class TestVersions:
 
     def test_two_side_by_side(self, moderato: Moderato, sqlite_url: str, versions_dir: Path, tmp_path: Path) -> None:
         # Given a version by its name and one by its directory, and no comment
-        pair = "starter-1", str(versions_dir / VERSION)
+        pair = "starter-2", str(versions_dir / VERSION)
         done = moderato("models", "compare", *pair)
         assert "the figures only are compared" in done.stderr
         assert "measured on different rows" in done.stderr
@@ -300,13 +300,13 @@ class TestVersions:
         done = moderato("models", "compare", *pair, "--holdout", str(tmp_path / "rows.csv"), "--json")
         told = json.loads(done.stdout)
         assert insult not in done.stdout
-        assert (told["a"]["version"], told["a"]["figures"]["rows"], told["b"]["figures"]["rows"]) == ("starter-1", 2, 2)
+        assert (told["a"]["version"], told["a"]["figures"]["rows"], told["b"]["figures"]["rows"]) == ("starter-2", 2, 2)
         assert told["decisions"]["compared"] == 3
         starter = {each["action"]: each["before"] for each in told["decisions"]["growth"]}
         assert (starter["allow"], starter["hide"]) == (1, 2)
         assert {each["submission_id"] for each in told["decisions"]["most_changed"]} == {"a", "b", "c"}
         # And `models` alone still lists
-        assert "starter-1" not in moderato("models").stdout
+        assert "starter-2" not in moderato("models").stdout
 
 
 class TestTraining:
