@@ -45,7 +45,7 @@ def compare(
 
     Both score the same comments here and now, and the active policy decides. Comments are shown: they may be abusive.
 
-    Example: moderato models compare starter-1 v20261122-160501-1f2e3d4c -n 500
+    Example: moderato models compare starter-2 v20261122-160501-1f2e3d4c -n 500
     """
     from model.version import held_out_figures, verify
 

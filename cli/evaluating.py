@@ -29,9 +29,7 @@ def evaluate(
     engine: Annotated[Literal["auto", "onnx", "torch"], typer.Option(help="onnx is int8 on the CPU.")] = "auto",
     columns: Annotated[
         list[str] | None,
-        typer.Option(
-            "--column", metavar="NAME=COLUMN", help="What FILE calls comment_text or a label; may be repeated."
-        ),
+        typer.Option(metavar="OURS=THEIRS", help="What FILE calls comment_text or a label; may be repeated."),
     ] = None,
     robustness: Annotated[
         bool,
@@ -176,6 +174,6 @@ def _columns(named: Sequence[str]) -> dict[str, str]:
     for each in named:
         name, equals, column = each.partition("=")
         if not equals or name not in ("comment_text", *LABELS):
-            raise Problem(f"--column {each} must be NAME=COLUMN, where NAME is comment_text or a label")
+            raise Problem(f"--columns {each} must be OURS=THEIRS, where OURS is comment_text or a label")
         columns[name] = column
     return columns

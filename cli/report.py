@@ -27,7 +27,7 @@ def report(
 
     With --holdout the page holds comments, the worst misses, and says so: --misses 0 leaves them out.
 
-    Example: moderato report starter-1 --holdout samples/holdout.csv --output starter-1.html
+    Example: moderato report starter-2 --holdout samples/holdout.csv --output starter-2.html
     """
     from cli.offline import find_version
     from model.version import verify

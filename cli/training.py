@@ -71,7 +71,7 @@ def train(
 
     Each setting of the trainer is an option; below are its default and the reason for it.
 
-    Example: moderato train --name mine-1 --train my.csv --holdout my-holdout.csv --from starter-1 --epochs 1
+    Example: moderato train --name mine-1 --train my.csv --holdout my-holdout.csv --from starter-2 --epochs 1
     """
     if parent and "encoder" in ctx.obj:
         raise Problem("--encoder and --from exclude each other: a training has one start")

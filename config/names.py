@@ -86,8 +86,10 @@ ACTIVATION_LOCK = 6_877_836_934
 """The same, of the one transaction that changes which version is active or on trial, or which policy is active."""
 
 DEFAULT_COMMUNITY = "default"
-STARTER_VERSION = "starter-1"
+STARTER_VERSION = "starter-2"
 """The trained version that ships in `model/starter`."""
+FORMER_STARTERS = ("starter-1",)
+"""Those that earlier releases shipped. A database may still say that one of them is active."""
 
 
 class Reason(StrEnum):

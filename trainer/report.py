@@ -6,8 +6,8 @@ readable on a phone, in the dark and on paper. What a manifest lacks, because an
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,32 @@ from model.version import ENCODER_FILE, ONNX_FILE, WEIGHTS_FILE, held_out_figure
 from trainer import figures as draw
 from trainer.calibration import policy_yaml
 from trainer.figures import Dot
+from trainer.report_tables import (
+    AREA_METRICS,
+    IDENTITY_METRICS,
+    Table,
+    calibration_table,
+    comparison_table,
+    confusion_tables,
+    evasion_losses,
+    has_areas,
+    identity_table,
+    in_words,
+    int8_table,
+    interval_words,
+    label_table,
+    measured_by_form,
+    measured_rows,
+    robustness_table,
+    shown,
+    table_of,
+    tables,
+    threshold_tables,
+)
 
 REPORT_FILE = "report.html"
 CARD_FILE = "MODEL_CARD.md"
 
-AREA_METRICS = {"roc_auc": "ROC-AUC", "average_precision": "average precision"}
-IDENTITY_METRICS = {"subgroup_auc": "subgroup AUC", "bpsn_auc": "BPSN AUC", "bnsp_auc": "BNSP AUC"}
-PART_METRICS = {
-    "mean_roc_auc": "mean ROC-AUC",
-    **AREA_METRICS,
-    "f1": "F1",
-    "precision": "precision",
-    "recall": "recall",
-    "accuracy": "accuracy",
-    "log_loss": "log loss",
-    "ece": "ECE",
-    **IDENTITY_METRICS,
-}
-"""Of a label, a slice or a group, in the order of a table's columns."""
-COUNTS = {"rows": "rows", "positives": "positives", "negatives": "negatives"}
-ADVICE = {"best_f1": "For the best F1", "target_precision": "For the precision that was aimed at"}
 HISTORY = (
     ("Loss", "loss", {"loss": "training", "validation_loss": "validation"}),
     ("Mean ROC-AUC on the validation rows", "ROC-AUC", {"validation_mean_roc_auc": "validation"}),
@@ -92,20 +98,9 @@ TOLD = {
 """Of a manifest's metrics, those that have a place of their own."""
 ROUGH_POSITIVES = 50
 """With fewer of them a label's figures are rough."""
-VALUE = "value"
-"""Column of a table of plain facts."""
 WEIGHT_FILES = (WEIGHTS_FILE, ONNX_FILE)
 MISS_CHARS = 600
 SMALLEST_ROC_RATE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table of a report. Each row begins with its name; a cell's second line is what is said in small print."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +181,7 @@ def render_page(
         **_context(directory, facts, measured.figures),
         "measured": measured,
         "verdict": verdict,
-        "comparisons": _comparison_table((verdict or {}).get("comparisons") or []),
+        "comparisons": comparison_table((verdict or {}).get("comparisons") or []),
         "misses": _miss_tables(measured.misses),
         "notes": notes,
         **_drawings(facts["metrics"].get("history") or [], measured),
@@ -232,24 +227,21 @@ def render_dataset_card(card: Mapping[str, Any]) -> str:
     context = {
         "sha256": card["sha256"],
         "notes": card["notes"],
-        "sources": _table(
+        "sources": table_of(
             "Sources",
             "source",
-            {
-                source["name"]: {"rows": _shown(source["rows"]), "sha256": source["sha256"]}
-                for source in card["sources"]
-            },
+            {source["name"]: {"rows": shown(source["rows"]), "sha256": source["sha256"]} for source in card["sources"]},
         ),
-        "fate": Table("", ["rows", ""], [[name, _shown(count)] for name, count in fate.items()]),
+        "fate": Table("", ["rows", ""], [[name, shown(count)] for name, count in fate.items()]),
         "labels": [
             table
             for name, part in parts.items()
-            for table in _table(
-                f"{name.capitalize()}, {_shown(part['rows'])} rows, sha256 {part['sha256']}",
+            for table in table_of(
+                f"{name.capitalize()}, {shown(part['rows'])} rows, sha256 {part['sha256']}",
                 "label",
                 {
-                    label: {kind: _shown(part[kind][label]) for kind in ("positives", "negatives", "unknown")}
-                    | ({"contradictory": _shown(card["contradictions"][label])} if name == "training" else {})
+                    label: {kind: shown(part[kind][label]) for kind in ("positives", "negatives", "unknown")}
+                    | ({"contradictory": shown(card["contradictions"][label])} if name == "training" else {})
                     for label in LABELS
                 },
             )
@@ -257,7 +249,7 @@ def render_dataset_card(card: Mapping[str, Any]) -> str:
         "lengths": Table(
             "",
             ["rows", *card["training"]["characters"]],
-            [[name, *map(_shown, part["characters"].values())] for name, part in parts.items()],
+            [[name, *map(shown, part["characters"].values())] for name, part in parts.items()],
         ),
     }
     body = _templates().get_template("dataset_card.md.jinja").render(context)
@@ -291,36 +283,6 @@ def worst_misses(
     return misses
 
 
-def tables(
-    caption: str, facts: Mapping[str, Any], *, name: str = "name", show: Callable[[object], str] | None = None
-) -> list[Table]:
-    """Any nested facts as tables, those within under their own names.
-
-    Mappings with the same keys become the rows of one table, or its columns where that is narrower.
-    """
-    show = show or _shown
-    plain = {key: {VALUE: show(value)} for key, value in facts.items() if not _is_nested(value)}
-    found = _table(caption, name, plain)
-    alike: dict[tuple[str, ...], dict[str, Mapping[str, object]]] = {}
-    for key, value in facts.items():
-        if isinstance(value, list) and _is_nested(value):
-            found += _table(_words(key), name, dict(_entry(n, entry, show) for n, entry in enumerate(value, 1)))
-        elif _is_nested(value) and any(map(_is_nested, value.values())):
-            for table in tables(_words(key), value, name=name, show=show):
-                prefix = "" if table.caption == _words(key) else f"{_words(key)}: "
-                found.append(replace(table, caption=prefix + table.caption))
-        elif _is_nested(value):
-            alike.setdefault(tuple(value), {})[key] = value
-    for keys, group in alike.items():
-        rows = {key: {_words(column): show(value) for column, value in entry.items()} for key, entry in group.items()}
-        if len(group) == 1:
-            rows = {row: {VALUE: cell} for row, cell in rows.popitem()[1].items()}
-        elif len(keys) > len(group):
-            rows = {row: {_words(key): show(entry[row]) for key, entry in group.items()} for row in keys}
-        found += _table(", ".join(map(_words, group)), name, rows)
-    return found
-
-
 def recipe(facts: Mapping[str, Any]) -> str | None:
     """Every setting of a version's training, as `moderato train --config` reads them.
 
@@ -348,25 +310,25 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "origin": _origin(directory, facts, encoder),
         "figures": figures,
         "glance": _glance(figures),
-        "labels": _label_table(figures),
+        "labels": label_table(figures),
         "rough_positives": ROUGH_POSITIVES,
         "rough": [label for label, each in figures.get("labels", {}).items() if each["positives"] < ROUGH_POSITIVES],
         "intervals": any(each.get("intervals") for each in figures.get("labels", {}).values()),
-        "confusion": _confusion_tables(figures),
-        "thresholds": _threshold_tables(facts.get("thresholds") or {}),
-        "slices": _table(
-            "ROC-AUC and positives are those of toxic", "slice", _measured_rows(figures.get("slices") or {})
+        "confusion": confusion_tables(figures),
+        "thresholds": threshold_tables(facts.get("thresholds") or {}),
+        "slices": table_of(
+            "ROC-AUC and positives are those of toxic", "slice", measured_rows(figures.get("slices") or {})
         ),
-        "identities": _identity_table(figures),
+        "identities": identity_table(figures),
         "seldom": [
-            f"{_words(group)} ({each['rows']:,})"
+            f"{in_words(group)} ({each['rows']:,})"
             for group, each in (figures.get("identities") or {}).items()
-            if not _has_areas(each)
+            if not has_areas(each)
         ],
-        "robustness": _robustness_table(figures.get("robustness") or {}),
-        "int8": _int8_table(metrics),
-        "int8_largest_difference": (metrics.get("int8") or _measured_by_form(metrics))["largest_difference"],
-        "calibration": _calibration_table(facts.get("calibration") or {}),
+        "robustness": robustness_table(figures.get("robustness") or {}),
+        "int8": int8_table(metrics),
+        "int8_largest_difference": (metrics.get("int8") or measured_by_form(metrics))["largest_difference"],
+        "calibration": calibration_table(facts.get("calibration") or {}),
         "policy": policy_yaml(facts["thresholds"]) if facts.get("thresholds") else None,
         "training": metrics,
         "other": tables("Figures", {key: value for key, value in metrics.items() if key not in TOLD}),
@@ -407,150 +369,21 @@ def _glance(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The few figures that say most: name, value, and what to know of it."""
     found = []
     if (mean := figures.get("mean_roc_auc")) is not None:
-        interval = _interval(figures.get("mean_roc_auc_interval"))
+        interval = interval_words(figures.get("mean_roc_auc_interval"))
         found.append(("mean ROC-AUC", f"{mean:.3f}", interval or f"on {figures['rows']:,} held-out rows"))
     if known := {k: v for k, v in figures.get("labels", {}).items() if v.get("roc_auc") is not None}:
         worst = min(known, key=lambda label: float(known[label]["roc_auc"]))
         found.append(("lowest ROC-AUC of a label", f"{known[worst]['roc_auc']:.3f}", worst))
     if (f1 := (figures.get("macro") or {}).get("f1")) is not None:
         found.append(("macro F1", f"{f1:.3f}", "each label at its threshold"))
-    if losses := _losses(figures.get("robustness") or {}):
+    if losses := evasion_losses(figures.get("robustness") or {}):
         worst = max(losses, key=lambda evasion: losses[evasion])
-        found.append(("largest loss by an evasion", f"{losses[worst]:.3f}", f"{_words(worst)}, mean ROC-AUC"))
+        found.append(("largest loss by an evasion", f"{losses[worst]:.3f}", f"{in_words(worst)}, mean ROC-AUC"))
     bpsn = {k: v["bpsn_auc"] for k, v in (figures.get("identities") or {}).items() if v.get("bpsn_auc") is not None}
     if bpsn:
         worst = min(bpsn, key=lambda group: float(bpsn[group]))
-        found.append(("lowest BPSN AUC", f"{bpsn[worst]:.3f}", f"harmless comments that mention {_words(worst)}"))
+        found.append(("lowest BPSN AUC", f"{bpsn[worst]:.3f}", f"harmless comments that mention {in_words(worst)}"))
     return found
-
-
-def _label_table(figures: Mapping[str, Any]) -> list[Table]:
-    rows = _measured_rows(figures.get("labels", {}))
-    over_all = {f"{name} average": figures[name] for name in ("micro", "macro") if figures.get(name)}
-    if not over_all and figures.get("mean_roc_auc") is not None:
-        over_all = {"mean": {"roc_auc": figures["mean_roc_auc"]}}
-    return _table("Each label, and all of them", "label", rows | _measured_rows(over_all))
-
-
-def _measured_rows(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """A row for each part: its counts, and its figures with their intervals."""
-    rows = {}
-    for part, measured in parts.items():
-        row = {title: _shown(measured[key]) for key, title in COUNTS.items() if key in measured}
-        for key, title in PART_METRICS.items():
-            if measured.get(key) is not None:
-                interval = _interval((measured.get("intervals") or {}).get(key))
-                row[title] = f"{measured[key]:.3f}" + (f"\n{interval}" if interval else "")
-        rows[_words(part)] = row
-    return rows
-
-
-def _confusion_tables(figures: Mapping[str, Any]) -> list[Table]:
-    found = []
-    for label, measured in figures.get("labels", {}).items():
-        if not (cells := measured.get("confusion")):
-            continue
-
-        def row(hit_or_miss: Sequence[str], cells: Mapping[str, int] = cells) -> list[str]:
-            total = sum(cells[key] for key in hit_or_miss) or 1
-            return [f"{cells[key]:,}\n{cells[key] / total:.1%} of these" for key in hit_or_miss]
-
-        found.append(
-            Table(
-                f"{label}, flagged from {measured['threshold']:.2f}",
-                ["comments that", "are flagged", "are not"],
-                [[f"are {label}", *row(("tp", "fn"))], ["are not", *row(("fp", "tn"))]],
-            )
-        )
-    return found
-
-
-def _calibration_table(calibration: Mapping[str, Any]) -> list[Table]:
-    rows = {
-        label: {_words(key).replace("ece", "ECE"): _shown(value) for key, value in fitted.items()}
-        for label, fitted in calibration.items()
-    }
-    return _table("What was fitted to the validation rows: scale × logit + shift", "label", rows)
-
-
-def _threshold_tables(thresholds: Mapping[str, Any]) -> list[Table]:
-    found: list[Table] = []
-    for advice, title in ADVICE.items():
-        rows = {
-            label: {key.replace("f1", "F1"): _shown(value) for key, value in each[advice].items()}
-            for label, each in thresholds.items()
-            if each.get(advice)
-        }
-        found += _table(title, "label", rows)
-    return found
-
-
-def _identity_table(figures: Mapping[str, Any]) -> list[Table]:
-    groups = {group: each for group, each in (figures.get("identities") or {}).items() if _has_areas(each)}
-    rows = _measured_rows(groups)
-    if rows and (means := figures.get("identity_means")):
-        rows |= _measured_rows({"generalised mean": means})
-    return _table("Toxic scores where a group is mentioned", "group", rows)
-
-
-def _has_areas(measured: Mapping[str, Any]) -> bool:
-    return any(measured.get(key) is not None for key in IDENTITY_METRICS)
-
-
-def _robustness_table(robustness: Mapping[str, Any]) -> list[Table]:
-    losses = _losses(robustness)
-    rows = {}
-    for written in ("plain", *losses) if losses else ():
-        areas = {key: f"{area:.3f}" for key, area in robustness[written].items() if area is not None}
-        loss = f"{losses[written]:.3f}" if written in losses else ""
-        name = _words(written) if written in losses else "as they are"
-        rows[name] = {"mean": areas.pop("mean"), "loss": loss, **areas}
-    return _table(f"ROC-AUC on {robustness['rows']:,} rows", "written", rows) if losses else []
-
-
-def _losses(robustness: Mapping[str, Any]) -> dict[str, float]:
-    """How much mean ROC-AUC each evasion costs."""
-    plain = (robustness.get("plain") or {}).get("mean")
-    return {
-        evasion: plain - measured["mean"]
-        for evasion, measured in robustness.items()
-        if isinstance(measured, Mapping) and evasion != "plain" and None not in (plain, measured.get("mean"))
-    }
-
-
-def _int8_table(metrics: Mapping[str, Any]) -> list[Table]:
-    rows = {
-        label: {"int8": f"{auc['int8']:.4f}", "torch, fp32": f"{auc['torch']:.4f}"}
-        | {"change": f"{auc['int8'] - auc['torch']:+.4f}"}
-        for label, auc in (metrics.get("int8") or _measured_by_form(metrics))["roc_auc"].items()
-        if None not in (auc["int8"], auc["torch"])
-    }
-    return _table("ROC-AUC of both forms on the held-out rows", "label", rows)
-
-
-def _measured_by_form(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What `trainer.soundness.compare_int8` gives, of a manifest that holds the figures of both forms."""
-    int8, fp32 = (metrics.get(form, {}).get("labels", {}) for form in ("holdout_int8", "holdout_fp32"))
-    aucs = {
-        label: {"torch": fp32[label].get("roc_auc"), "int8": int8[label].get("roc_auc")}
-        for label in fp32
-        if label in int8
-    }
-    return {"roc_auc": aucs, "largest_difference": metrics.get("int8_largest_difference")}
-
-
-def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[Table]:
-    rows = {}
-    for each in comparisons:
-        low, high = each["interval"]
-        rows[f"{each['figure']}, {each['of']}"] = {
-            "active": f"{each['active']:.4f}",
-            "candidate": f"{each['candidate']:.4f}",
-            "worse by": f"{each['worse_by']:+.4f}\n{low:+.4f} to {high:+.4f}",
-            "at most": "" if each["bar"] is None else f"{each['bar']:g}",
-            "verdict": "too few to judge" if each["bar"] is None else "passed" if each["passed"] else "not passed",
-        }
-    return _table("On the same held-out rows", "figure", rows)
 
 
 def _model_index(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -598,8 +431,8 @@ def _drawings(history: Sequence[Mapping[str, Any]], measured: Measured) -> dict[
         "evasion_dots": None,
         "history": [],
     }
-    if losses := _losses(robustness := found.get("robustness") or {}):
-        rows = {_words(evasion): {"obfuscated": Dot(robustness[evasion]["mean"])} for evasion in losses}
+    if losses := evasion_losses(robustness := found.get("robustness") or {}):
+        rows = {in_words(evasion): {"obfuscated": Dot(robustness[evasion]["mean"])} for evasion in losses}
         reference = ("as they are", float(robustness["plain"]["mean"]))
         drawings["evasion_dots"] = draw.dots("Robustness to evasions", rows, axis="mean ROC-AUC", reference=reference)
     for title, axis, series in HISTORY:
@@ -619,7 +452,7 @@ def _dots(title: str, parts: Mapping[str, Any], metrics: Mapping[str, str], *, a
             if measured.get(key) is not None
         }
         if known:
-            rows[_words(part)] = known
+            rows[in_words(part)] = known
     return draw.dots(title, rows, axis=axis) if rows else None
 
 
@@ -641,51 +474,9 @@ def _curves(measured: Measured) -> list[Markup]:
 # --- Words -------------------------------------------------------------------------------------------------------
 
 
-def _table(caption: str, name: str, rows: Mapping[str, Mapping[str, str]]) -> list[Table]:
-    """One table, with the columns that any row has something in; none where there are none."""
-    every = dict.fromkeys(column for row in rows.values() for column in row)
-    columns = [column for column in every if any(row.get(column) for row in rows.values())]
-    if not columns:
-        return []
-    return [Table(caption, [name, *columns], [[key, *(row.get(c, "") for c in columns)] for key, row in rows.items()])]
-
-
-def _entry(number: int, entry: Mapping[str, Any], show: Callable[[object], str]) -> tuple[str, dict[str, str]]:
-    """A row for an entry of a list, called by its place and by what it says first."""
-    (_, first), *others = entry.items()
-    return f"{number}. {show(first)}", {_words(key): show(value) for key, value in others}
-
-
-def _is_nested(value: object) -> bool:
-    entries = value if isinstance(value, list) else [value]
-    return bool(entries) and all(isinstance(entry, Mapping) and entry for entry in entries)
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
-
-
-def _shown(value: object) -> str:
-    if value is None or value == {}:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
-    return str(value)
-
-
 def _as_written(value: object) -> str:
     """As it stands in a settings file."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _words(name: str) -> str:
-    return name if name in LABELS else name.replace("_", " ")
 
 
 def _fenced(text: str, language: str = "") -> Markup:

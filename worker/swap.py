@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Engine
 
-from config.names import STARTER_VERSION
+from config.names import FORMER_STARTERS, STARTER_VERSION
 from config.settings import ROOT, Settings
 from db import queries, trials
 from db.queries import ActivationRow
@@ -57,14 +57,20 @@ class VersionFollower:
     def load_first(self) -> Scorer:
         """The scorer to start with: the active version, or where that is refused the newest before it that loads.
 
-        A database without any activation is given the starter as its first.
+        A database without any activation is given the starter as its first. A starter of an earlier release whose files
+        are nowhere is succeeded by this one's.
 
         Raises:
             VersionError: no version that was ever active can be loaded.
         """
         with reading(self._database) as connection:
             history = queries.activations(connection, limit=100)
-        history = history or [self._activate_starter()]
+        if not history:
+            history = [self._activate_starter(None, "first start")]
+        elif (former := history[0].version) in FORMER_STARTERS and not self._has_directory(former):
+            reason = f"{former} came with an earlier release and is not in {self._settings.versions_dir}"
+            logger.warning("%s; %s of this release takes its place", reason, STARTER_VERSION)
+            history.insert(0, self._activate_starter(former, reason))
         newest = history[0]
         refusals: dict[str, str] = {}
         for version in dict.fromkeys(activation.version for activation in history):
@@ -198,14 +204,24 @@ class VersionFollower:
                 now=clock.now(),
             )
 
-    def _activate_starter(self) -> ActivationRow:
+    def _has_directory(self, version: str) -> bool:
+        try:
+            version_directory(version, self._settings.versions_dir)
+        except VersionError:
+            return False
+        return True
+
+    def _activate_starter(self, instead_of: str | None, reason: str) -> ActivationRow:
+        """Make the starter active where this version, or none, still is; what is active then is returned."""
         manifest = read_manifest(STARTER_DIRECTORY).model_dump()
         now = clock.now()
         with writing(self._database) as connection:
             queries.register_version(connection, manifest, now)
+            queries.hold_activations(connection)
             # Another worker may have come first while this one waited for the lock.
-            if queries.active(connection) is None:
-                queries.activate(connection, version=STARTER_VERSION, by=self._worker, reason="first start", now=now)
             newest = queries.active(connection)
+            if (newest.version if newest else None) == instead_of:
+                queries.activate(connection, version=STARTER_VERSION, by=self._worker, reason=reason, now=now)
+                newest = queries.active(connection)
         assert newest is not None
         return newest

@@ -373,7 +373,7 @@ class TestVersions:
 
     def test_two_side_by_side(self, moderato: Moderato, sqlite_url: str, versions_dir: Path, tmp_path: Path) -> None:
         # Given a version by its name and one by its directory, and no comment
-        pair = "starter-1", str(versions_dir / VERSION)
+        pair = "starter-2", str(versions_dir / VERSION)
         done = moderato("models", "compare", *pair)
         assert "the figures only are compared" in done.stderr
         assert "measured on different rows" in done.stderr
@@ -396,13 +396,13 @@ class TestVersions:
         done = moderato("models", "compare", *pair, "--holdout", str(tmp_path / "rows.csv"), "--json")
         told = json.loads(done.stdout)
         assert insult not in done.stdout
-        assert (told["a"]["version"], told["a"]["figures"]["rows"], told["b"]["figures"]["rows"]) == ("starter-1", 2, 2)
+        assert (told["a"]["version"], told["a"]["figures"]["rows"], told["b"]["figures"]["rows"]) == ("starter-2", 2, 2)
         assert told["decisions"]["compared"] == 3
         starter = {each["action"]: each["before"] for each in told["decisions"]["growth"]}
         assert (starter["allow"], starter["hide"]) == (1, 2)
         assert {each["submission_id"] for each in told["decisions"]["most_changed"]} == {"a", "b", "c"}
         # And `models` alone still lists
-        assert "starter-1" not in moderato("models").stdout
+        assert "starter-2" not in moderato("models").stdout
 
 
 class TestTraining:
@@ -484,7 +484,7 @@ class TestOffline:
                 rows = [(f"comment {number} of {name}", said) for number in range(12)]
                 csv.writer(file).writerows([("body", "target"), *rows])
         files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
-        named = ["--version", VERSION, "--column", "comment_text=body", "--column", "toxic=target"]
+        named = ["--version", VERSION, "--columns", "comment_text=body", "--columns", "toxic=target"]
         # When they are measured as one, under evasion too
         done = moderato("evaluate", *files, *named, "--robustness", "--misses", "3")
         # Then there are the figures, those of each spelling, and comments on the terminal
@@ -501,8 +501,8 @@ class TestOffline:
         policy = parse_policy(moderato("evaluate", *files, *named, "--thresholds").stdout)
         assert policy.decide("default", [1.0] * 6).label == "toxic"
         # And a column that we have no name for is refused
-        done = moderato("evaluate", *files, "--column", "body=comment_text", status=1)
-        assert "--column body=comment_text must be NAME=COLUMN" in done.stderr
+        done = moderato("evaluate", *files, "--columns", "body=comment_text", status=1)
+        assert "--columns body=comment_text must be OURS=THEIRS" in done.stderr
 
     def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
         # When the version is fine-tuned a little further into a directory of its own

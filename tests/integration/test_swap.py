@@ -179,6 +179,23 @@ class TestStarting:
             assert only.activated_by == "w2@there"
             assert len(queries.loads(connection, only.activation_id)) == 2
 
+    def test_a_starter_of_an_earlier_release_is_succeeded_unless_its_files_were_kept(
+        self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
+    ) -> None:
+        # Given the starter of an earlier release, active, whose files were kept
+        former = publish("starter-1")
+        activate(engine, "starter-1")
+        assert VersionFollower(engine, settings, WORKER).load_first().version == "starter-1"
+        # When they are gone, and workers of this release start
+        shutil.rmtree(former)
+        for worker in (WORKER, "w2@there"):
+            assert VersionFollower(engine, settings, worker).load_first().version == STARTER_VERSION
+        # Then one of them made its own starter the active version, and said why
+        with reading(engine) as connection:
+            newest, before = queries.activations(connection, limit=10)
+        assert (newest.version, newest.activated_by, before.version) == (STARTER_VERSION, WORKER, "starter-1")
+        assert newest.reason.startswith("starter-1 came with an earlier release and is not in ")
+
     def test_a_start_takes_the_active_version(
         self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
     ) -> None:

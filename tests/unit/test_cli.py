@@ -247,7 +247,7 @@ class TestMistakes:
         assert "fool" not in said
 
     def test_two_starts_of_a_training(self) -> None:
-        said = complaint("train", "--name", "x", "--from", "starter-1", "--encoder", "distilbert-base-uncased")
+        said = complaint("train", "--name", "x", "--from", "starter-2", "--encoder", "distilbert-base-uncased")
         assert said == "moderato: --encoder and --from exclude each other: a training has one start"
 
     def test_a_wrong_setting_stops_every_command(self) -> None:
