@@ -105,8 +105,9 @@ class VersionFollower:
 
     def _look(self, exchange: Exchange, try_out: TryOut) -> None:
         with reading(self._database) as connection:
-            newest = queries.active(connection)
+            # In this order: a trial promoted in between is still live here, and its candidate is not loaded again.
             live = trials.live_trial(connection)
+            newest = queries.active(connection)
         over = self._trial
         if over is not None and (live is None or live.trial_id != over.trial_id):
             logger.info("the trial of version %s is over", over.scorer.version)
