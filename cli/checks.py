@@ -59,7 +59,7 @@ Check = Callable[[Settings], Iterable[Finding]]
 
 def check_broker(settings: Settings) -> Iterator[Finding]:
     """Whether Redis answers, is new enough, keeps what it holds, and lets this user do its work."""
-    from redis.exceptions import AuthenticationError, NoPermissionError
+    from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
     url = without_password(settings.broker_url)
     try:
@@ -69,7 +69,6 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
             took_ms = 1000 * (time.perf_counter() - started)
             yield Finding("broker", "ok", f"{url} answers in {took_ms:.1f} ms")
             yield _skew("broker", "Redis", _redis_time_s(redis), "producers' clocks stand in submitted_at")
-            yield from _rights(redis)
             try:
                 info = redis.info()
             except NoPermissionError:
@@ -77,9 +76,14 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
                 yield Finding("broker", "unknown", said, "run the doctor as Redis' administrator to see it")
             else:
                 yield from _persistence(info)
+            yield from _rights(redis)
     except AuthenticationError as error:
         advice = "set MODERATO_BROKER_URL (or …_FILE) with a user and password that Redis knows"
         yield Finding("broker", "problem", f"{url} does not let this user in: {_first_line(error)}", advice)
+    except ResponseError as error:
+        yield Finding(
+            "broker", "problem", f"it refuses to work: {_first_line(error)}", "docs/operations.md: a disk that is full"
+        )
     except _broker_errors() as error:
         if settings.broker_url.startswith("redis+socket:"):
             advice = "`moderato up` starts the embedded Redis; for one of yours set MODERATO_BROKER_URL=redis://…"

@@ -27,6 +27,11 @@ def doctor(
 
     Example: moderato doctor --json
     """
+    # What several checks use, before their threads do: of two that import it at once, kombu may find it half imported.
+    import kombu.transport.redis  # noqa: F401
+
+    import api_client.client  # noqa: F401
+    import model.engine  # noqa: F401
     from config.settings import settings
 
     findings = []
