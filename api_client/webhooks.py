@@ -368,7 +368,7 @@ def deliver(settings: Settings, stop: threading.Event) -> None:
         Sender(name, endpoint, database, max_attempts=chosen.max_attempts, stop=stop)
         for name, endpoint in chosen.endpoints.items()
     ]
-    require_current(database)
+    _wait_for_database(database, stop)
     nudges = Nudges(lambda: connect(settings))
     for sender in senders:
         sender.thread.start()
@@ -389,6 +389,20 @@ def deliver(settings: Settings, stop: threading.Event) -> None:
         for sender in senders:
             sender.join()
         database.dispose()
+
+
+def _wait_for_database(database: Engine, stop: threading.Event) -> None:
+    """Both may have just been switched on."""
+    outage = Outage()
+    while not stop.is_set():
+        try:
+            return require_current(database)
+        except DBAPIError as error:
+            if not is_outage(error):
+                raise
+            if outage.begin():
+                logger.warning("the database cannot be used: %s; waiting for it", without_rows(error))
+            stop.wait(outage.pause_s())
 
 
 def _purge(database: Engine, keep: timedelta) -> None:
