@@ -92,8 +92,8 @@ def test_a_policy_that_cannot_be_read_leaves_the_old_one(
     assert worker.texts == [MILD, STRICT]
     assert caplog.text.count("shadow_ban") == 1
     # And a text that is not what was stored decides nothing
-    activate(engine, OWN)
     with writing(engine) as connection:
+        policies.activate(connection, OWN, by="me", reason="test", now=datetime.now(UTC))
         connection.exec_driver_sql(f"UPDATE policies SET text = '{MILD}' WHERE text = '{OWN}'")
     worker.look_until(lambda: worker.follower.refusal, "the refusal")
     assert "changed after it was stored" in str(worker.follower.refusal)
