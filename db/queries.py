@@ -30,7 +30,7 @@ from sqlalchemy.orm import aliased
 
 from config.names import ACTIVATION_LOCK, LABELS
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
-from db.rows import chunks, every, first, insert_if_absent, insert_one, streamed
+from db.rows import WithScores, chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
 from db.tables import (
     DEAD,
@@ -256,7 +256,7 @@ def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[st
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(WithScores):
     """A submission, its decision and the newest review of it."""
 
     submission_id: str
@@ -291,11 +291,6 @@ class Result:
     """Null where nobody has reviewed it."""
     note: str | None
     reviewed_at: datetime | None
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Label to probability, in the order of `config.names.LABELS`."""
-        return {label: getattr(self, label) for label in LABELS}
 
 
 _OF_SUBMISSION = aliased(Review)

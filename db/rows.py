@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, CursorResult, RowMapping, Select, insert
 from sqlalchemy.dialects import postgresql, sqlite
 
+from config.names import LABELS
 from db.tables import Base
 
 IN_LIST = 500
@@ -14,6 +15,17 @@ STREAM_ROWS = 500
 """Rows held in memory of a streamed answer."""
 
 AnyRow = TypeVar("AnyRow")
+
+
+class WithScores:
+    """A row with a column for each label."""
+
+    __slots__ = ()
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Label to probability, in the order of `config.names.LABELS`."""
+        return {label: getattr(self, label) for label in LABELS}
 
 
 def insert_if_absent(connection: Connection, table: type[Base]) -> Any:

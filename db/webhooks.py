@@ -16,9 +16,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, CursorResult, delete, func, literal, null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from config.names import LABELS
 from db.feed import POSITIONS_PER_PAGE
-from db.rows import every, insert_if_absent
+from db.rows import WithScores, every, insert_if_absent
 from db.tables import Decision, Submission, WebhookCursor, WebhookDelivery
 
 PENDING, DELIVERED, DEAD = "pending", "delivered", "dead"
@@ -81,7 +80,7 @@ _TIME = WebhookDelivery.__table__.c.created_at.type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(WithScores):
     """A delivery that this process posts now, and the decision that it tells of: as the model decided it."""
 
     endpoint: str
@@ -104,11 +103,6 @@ class Claim:
     policy_version: str
     decided_at: datetime
     position: int
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Label to probability, in the order of `config.names.LABELS`."""
-        return {label: getattr(self, label) for label in LABELS}
 
 
 def _due(endpoint: str, now: datetime) -> list[ColumnElement[bool]]:
