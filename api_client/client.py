@@ -11,7 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from types import TracebackType
@@ -33,7 +33,7 @@ from api_client.listening import BROKER_ERRORS, AnswerLines, Nudges
 from api_client.pipeline_stats import PipelineStats
 from api_client.publishing import ask, new_task_id, push
 from api_client.retrying import NotRetryable, comments_of
-from api_client.waiting import SetAside, Verdict, verdict_of, wait_for_verdict
+from api_client.waiting import SetAside, Verdict, verdict_of, wait_for_verdict, wait_until_found
 from config.comment import Comment
 from config.comment import explain as explain_refusal
 from config.names import (
@@ -74,7 +74,6 @@ DURABLE_RESEND_PAUSES_S = (0.0,)
 """The same of what is durable, which somebody else sends later: once more, as a kept connection may be stale."""
 MAX_CONNECTIONS = 10
 ANSWER_TIMEOUT_S = 1.0
-FIRST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 
 KEPT = "durable submissions are kept in the database, and sent when a worker finds them waiting there"
 SAFE_AGAIN = "an idempotency_key makes it safe to submit them again"
@@ -523,6 +522,8 @@ class ModerationClient:
     ) -> dict[str, Literal["decided", "dead"]]:
         """Wait until each of these submissions is decided or set aside as a dead letter.
 
+        Redis says when to look for them in the database. For one comment, `moderate` is told the decision itself.
+
         Args:
             on_progress: is told how many have an outcome, and how many there are.
 
@@ -532,27 +533,25 @@ class ModerationClient:
         missing = dict.fromkeys(ids)
         total = len(missing)
         outcomes: dict[str, Literal["decided", "dead"]] = {}
-        deadline = time.monotonic() + timeout_s
-        pause_s = FIRST_POLL_S
-        while True:
+
+        def look() -> bool:
             with self._reading() as connection:
                 found = queries.outcomes(connection, missing)
-            outcomes |= found
+            outcomes.update(found)
             for submission_id in found:
                 del missing[submission_id]
             if on_progress is not None:
                 on_progress(len(outcomes), total)
-            if not missing:
-                return outcomes
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            return not missing
+
+        with closing(Nudges(self._app.connection_for_write)) as nudges:
+            if not wait_until_found(look, nudges, timeout_s):
                 raise WaitTimeout(
                     f"{len(missing)} of {total} comments have no decision after {timeout_s:g} s, the first of them "
                     f"{next(iter(missing))}; `moderato status` says whether a worker runs and how many still wait",
                     list(missing),
                 )
-            time.sleep(min(pause_s, left_s))
-            pause_s = min(pause_s * 1.5, LONGEST_POLL_S)
+        return outcomes
 
     def result(self, submission_id: str) -> queries.Result | None:
         """What became of one submission; None while it has no decision."""

@@ -1,4 +1,4 @@
-"""Waiting for one decision: a worker's answer as soon as it is committed, and the database where that is not heard."""
+"""Waiting for decisions: Redis says when to look, or what was decided, and the database where that is not heard."""
 
 import json
 import time
@@ -7,16 +7,18 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from api_client.listening import BROKER_ERRORS, AnswerLine
-from config.names import LABELS
+from api_client.listening import BROKER_ERRORS, AnswerLine, Nudges
 from db.dead_letters import DeadLetterRow
 from db.queries import Result
+from db.rows import WithScores
 from db.session import DatabaseProblem
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.1, 1.0
-"""Between two looks into the database while a worker may still answer."""
+"""Between two looks into the database while Redis may still say something."""
 FIRST_BLIND_LOOK_S, LONGEST_BLIND_LOOK_S = 0.02, 0.25
 """The same where no answer can be heard."""
+FIRST_REST_S, LONGEST_REST_S = 0.005, 0.1
+"""After a look, whatever Redis says: while decisions stream in, each look is to find many."""
 LOOKS_GROW = 1.5
 
 
@@ -29,7 +31,7 @@ class SetAside(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(WithScores):
     """What was decided on a comment; `ModerationClient.result` has all of its row."""
 
     submission_id: str
@@ -48,11 +50,6 @@ class Verdict:
     policy_version: str
     windows: int
     decided_at: datetime
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Label to probability, in the order of `config.names.LABELS`."""
-        return {label: getattr(self, label) for label in LABELS}
 
 
 COLUMNS = [field.name for field in fields(Verdict)]
@@ -113,3 +110,24 @@ def wait_for_verdict(
         if not left_s:
             return None
         pause_s = min(pause_s * LOOKS_GROW, longest_s)
+
+
+def wait_until_found(look: Callable[[], bool], nudges: Nudges, timeout_s: float) -> bool:
+    """Look at once, and whenever something was decided, until all is found; False after the timeout.
+
+    Args:
+        look: asks the database; whether it found all.
+    """
+    deadline = time.monotonic() + timeout_s
+    rest_s = FIRST_REST_S
+    while True:
+        began = time.monotonic()
+        if look():
+            return True
+        ended = time.monotonic()
+        if ended >= deadline:
+            return False
+        # A look for a hundred thousand takes long: no more than half of the time is spent on it.
+        time.sleep(min(max(rest_s, ended - began), deadline - ended))
+        rest_s = min(rest_s * LOOKS_GROW, LONGEST_REST_S)
+        nudges.wait(min(LONGEST_LOOK_S, max(0.0, deadline - time.monotonic())))

@@ -35,7 +35,7 @@ from api_client.client import (
 )
 from api_client.limits import Limits, QueueFull, RateLimited, TryLater
 from api_client.publishing import ask, new_task_id, push
-from config.names import ACTIVATION_CHANGED, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError, settings
 from db import queries
 from db.durable import overdue
@@ -568,20 +568,40 @@ class TestSubmittingMany:
 
 
 class TestWaiting:
-    def test_until_each_is_decided_or_dead(self, client: ModerationClient, database_url: str) -> None:
-        # Given one dead letter, and a worker that decides the other a moment later
+    def test_until_each_is_decided_or_dead(
+        self, client: ModerationClient, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Given one dead letter, and somebody who waits, and would look again unasked tomorrow
+        monkeypatch.setattr("api_client.waiting.LONGEST_LOOK_S", 86_400)
         decide(database_url, letters=[letter("b")])
         seen: list[tuple[int, int]] = []
-        worker = threading.Timer(0.3, decide, (database_url, scored("a")))
-        worker.start()
-        # Then waiting returns both outcomes, and told how far it was
-        assert client.wait(["a", "b", "a"], timeout_s=30, on_progress=lambda *p: seen.append(p)) == {
-            "a": "decided",
-            "b": "dead",
-        }
-        worker.join()
+        channel = f"/0.{DECIDED_CHANNEL}"
+        with (
+            ThreadPoolExecutor(1) as pool,
+            Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis,
+        ):
+            waiting = pool.submit(
+                client.wait, ["a", "b", "a"], timeout_s=60, on_progress=lambda *told: seen.append(told)
+            )
+            wait_until(lambda: redis.pubsub_numsub(channel)[0][1], what="the subscription")
+            # When a worker decides the other, and says so
+            decide(database_url, scored("a"))
+
+            def heard() -> bool:
+                redis.publish(channel, b"")
+                return waiting.done()
+
+            wait_until(heard, what="the outcomes")
+        # Then both are returned, and it was told how far it came
+        assert waiting.result() == {"a": "decided", "b": "dead"}
         assert seen[0] == (1, 2)
         assert seen[-1] == (2, 2)
+
+    def test_without_redis(self, database_url: str) -> None:
+        with ModerationClient(NOWHERE, database_url) as client, ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(client.wait, ["a"], timeout_s=60)
+            decide(database_url, scored("a"))
+            assert waiting.result(timeout=60) == {"a": "decided"}
 
     def test_too_long_says_how_many_are_missing_and_where_to_look(
         self, client: ModerationClient, database_url: str
