@@ -48,8 +48,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     # On every address of the container, whose ports nobody reaches but its own networks.
     MODERATO_METRICS__HOST=0.0.0.0 \
     MODERATO_METRICS__WORKER_PORT=9464 \
-    MODERATO_METRICS__TRAINER_PORT=9465
-EXPOSE 9464 9465
+    MODERATO_METRICS__TRAINER_PORT=9465 \
+    MODERATO_METRICS__WEBHOOKS_PORT=9466
+EXPOSE 9464 9465 9466
 USER 10001:10001
 # The worker scores a comment to answer; it is given 15 s for it.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s --retries=3 CMD ["moderato", "health"]

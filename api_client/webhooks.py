@@ -16,6 +16,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -29,6 +30,8 @@ from sqlalchemy.exc import DBAPIError
 
 from api_client.connecting import connect
 from api_client.listening import Nudges
+from api_client.webhook_metrics import DEAD, DELIVERED, FAILED, WebhookMonitor
+from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import Action
 from config.settings import EndpointSettings, Settings
 from db import feed, webhooks
@@ -214,7 +217,11 @@ class Sender:
         """
         self.wake = threading.Event()
         """Something may be new in the feed."""
-        self._name = name
+        self.name = name
+        self.outcomes: Counter[str] = Counter()
+        """Of the attempts."""
+        self.stepped_at = time.monotonic()
+        """When it last began a step."""
         self._settings = settings
         self._database = database
         self._max_attempts = max_attempts
@@ -227,7 +234,7 @@ class Sender:
         # To connect may take as long as the answer.
         self._attempt_s = 2 * settings.timeout_s
         self._next_fill_at = 0.0
-        self._away, self._failing = Outage(), Outage()
+        self._away, self._failing, self._refusing = Outage(), Outage(), Outage()
         self._next_probe_at = 0.0
         self.thread = threading.Thread(target=self._run, name=f"webhook-{name}", daemon=True)
 
@@ -246,6 +253,7 @@ class Sender:
         self.thread.join(self._attempt_s + LEASE_MARGIN_S)
 
     def _try_step(self, step: Callable[[], None]) -> None:
+        self.stepped_at = time.monotonic()
         try:
             step()
         except (DBAPIError, WritersDoNotEnd) as error:
@@ -253,11 +261,11 @@ class Sender:
                 raise
             said = without_rows(error) if isinstance(error, DBAPIError) else str(error)
             if self._away.begin():
-                logger.warning("endpoint %s waits for the database: %s", self._name, said)
+                logger.warning("endpoint %s waits for the database: %s", self.name, said)
             self._stop.wait(self._away.pause_s())
         else:
             if self._away.end():
-                logger.warning("endpoint %s goes on with the database", self._name)
+                logger.warning("endpoint %s goes on with the database", self.name)
 
     def _step(self) -> None:
         self._note()
@@ -276,19 +284,20 @@ class Sender:
         """Take what was decided into the outbox; whether there was anything to look at."""
         with reading(self._database) as connection:
             settled = feed.settled_position(connection)
-            position = webhooks.cursor(connection, self._name)
+            position = webhooks.cursor(connection, self.name)
             now = database_time(connection)
         if position is None:
             with writing(self._database) as connection:
-                webhooks.begin(connection, self._name, position=settled, now=now)
-            logger.info("endpoint %s begins with what is decided from now on", self._name)
+                webhooks.begin(connection, self.name, position=settled, now=now)
+            logger.info("endpoint %s begins with what is decided from now on", self.name)
         actions = delivered_actions(self._settings.min_action)
         more = found = position is not None and position < settled
         while more and not self._stop.is_set():
+            self.stepped_at = time.monotonic()
             with writing(self._database) as connection:
                 more = webhooks.fill(
                     connection,
-                    self._name,
+                    self.name,
                     settled=settled,
                     actions=actions,
                     communities=self._settings.communities,
@@ -305,11 +314,11 @@ class Sender:
         if not free:
             return
         with reading(self._database) as connection:
-            if not webhooks.is_due(connection, self._name, database_time(connection)):
+            if not webhooks.is_due(connection, self.name, database_time(connection)):
                 return
         lease = timedelta(seconds=self._attempt_s + LEASE_MARGIN_S)
         with writing(self._database) as connection:
-            claims = webhooks.claim(connection, self._name, limit=free, lease=lease, now=database_time(connection))
+            claims = webhooks.claim(connection, self.name, limit=free, lease=lease, now=database_time(connection))
         for claim in claims:
             self._posting[self._pool.submit(self._poster.post, claim)] = claim
 
@@ -337,18 +346,23 @@ class Sender:
         return now + timedelta(seconds=retry_pause_s(claim.attempts))
 
     def _say(self, claim: Claim, failure: Failure | None) -> None:
+        given_up = failure is not None and claim.attempts >= self._max_attempts
+        self.outcomes[DELIVERED if failure is None else DEAD if given_up else FAILED] += 1
         if failure is None:
-            if self._failing.end():
-                logger.warning("endpoint %s takes deliveries again", self._name)
+            # A list, so that both end.
+            if any([self._failing.end(), self._refusing.end()]):
+                logger.warning("endpoint %s takes deliveries again", self.name)
             return
         if failure.of_endpoint:
             if self._failing.begin():
-                logger.warning("endpoint %s %s; deliveries wait for it", self._name, failure.reason)
+                logger.warning("endpoint %s %s; deliveries wait for it", self.name, failure.reason)
             self._next_probe_at = time.monotonic() + self._failing.pause_s()
-        if claim.attempts >= self._max_attempts:
+        elif not given_up and self._refusing.begin():
+            logger.warning("endpoint %s %s to a delivery; it is tried again", self.name, failure.reason)
+        if given_up:
             logger.error(
                 "endpoint %s: the delivery of %s is given up after %d attempts: %s; see `moderato webhooks dead`",
-                self._name,
+                self.name,
                 claim.submission_id,
                 claim.attempts,
                 failure.reason,
@@ -368,6 +382,9 @@ def deliver(settings: Settings, stop: threading.Event) -> None:
         Sender(name, endpoint, database, max_attempts=chosen.max_attempts, stop=stop)
         for name, endpoint in chosen.endpoints.items()
     ]
+    monitor = WebhookMonitor(senders, database, stop)
+    metrics = settings.metrics
+    serve(metrics.host, metrics.webhooks_port, monitor, {HEALTH_PATH: monitor.healthy, READY_PATH: monitor.ready})
     _wait_for_database(database, stop)
     nudges = Nudges(lambda: connect(settings))
     for sender in senders:

@@ -14,6 +14,7 @@ TIMEOUT_S = 15.0
 class Part(StrEnum):
     WORKER = "worker"
     TRAINER = "trainer"
+    WEBHOOKS = "webhooks"
 
 
 def health(
@@ -25,7 +26,7 @@ def health(
         str | None, typer.Option(help="Ask this address instead, such as http://worker-2:9464/healthz.")
     ] = None,
 ) -> None:
-    """Ask a running worker or trainer how it is. Exit status 0 if well, else 1 with the reason.
+    """Ask a running worker, trainer or sender of webhooks how it is. Exit status 0 if well, else 1 with the reason.
 
     A worker scores a comment to answer. The address is that of the settings `metrics`, whose ports are 0, which is
     off, unless they are set: MODERATO_METRICS__WORKER_PORT=9464.
@@ -52,11 +53,15 @@ def _url(part: Part, *, ready: bool) -> str:
     from config.settings import settings
 
     metrics = settings().metrics
-    port = metrics.worker_port if part is Part.WORKER else metrics.trainer_port
+    port = {
+        Part.WORKER: metrics.worker_port,
+        Part.TRAINER: metrics.trainer_port,
+        Part.WEBHOOKS: metrics.webhooks_port,
+    }[part]
     if not port:
         raise Problem(
-            f"metrics.{part}_port is 0, so no {part} answers: set it for the {part} and for this command alike, "
-            f"as in MODERATO_METRICS__{part.upper()}_PORT=9464"
+            f"metrics.{part}_port is 0, so nothing answers: set it for that process and for this command alike, as in "
+            f" MODERATO_METRICS__{part.upper()}_PORT=9464"
         )
     # Listening on every address, it answers on this one.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(metrics.host, metrics.host)

@@ -144,6 +144,7 @@ class MetricsSettings(Section):
     host: str = Field(min_length=1)
     worker_port: int = Field(ge=0, le=65_535)
     trainer_port: int = Field(ge=0, le=65_535)
+    webhooks_port: int = Field(ge=0, le=65_535)
 
 
 class EndpointSettings(Section):

@@ -105,13 +105,13 @@ class Claim(WithScores):
     position: int
 
 
+def _pending(endpoint: str) -> list[ColumnElement[bool]]:
+    # Written out, so that the index of what is pending fits.
+    return [WebhookDelivery.endpoint == endpoint, WebhookDelivery.state == literal(PENDING, literal_execute=True)]
+
+
 def _due(endpoint: str, now: datetime) -> list[ColumnElement[bool]]:
-    return [
-        WebhookDelivery.endpoint == endpoint,
-        # Written out, so that the index of what is pending fits.
-        WebhookDelivery.state == literal(PENDING, literal_execute=True),
-        WebhookDelivery.next_attempt_at <= now,
-    ]
+    return [*_pending(endpoint), WebhookDelivery.next_attempt_at <= now]
 
 
 def is_due(connection: Connection, endpoint: str, now: datetime) -> bool:
@@ -182,6 +182,30 @@ def purge(connection: Connection, *, finished_before: datetime) -> int:
             deleted: CursorResult[Any] = connection.execute(delete(WebhookDelivery).where(*some))
             purged += deleted.rowcount
     return purged
+
+
+# --- For monitoring ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """What an endpoint has not taken yet."""
+
+    pending: int
+    oldest_age_s: float
+    """Since what waits longest came into the outbox, or was decided if it is not there yet; 0 where nothing waits."""
+
+
+def outstanding(connection: Connection, endpoint: str, *, now: datetime) -> Outstanding | None:
+    """What waits for an endpoint, however much was delivered; None of one that has not begun."""
+    if (position := cursor(connection, endpoint)) is None:
+        return None
+    waiting = select(func.count(), func.min(WebhookDelivery.created_at)).where(*_pending(endpoint))
+    pending, oldest = connection.execute(waiting).one()
+    # Whoever writes decisions for long holds the feed back, and then nothing comes into the outbox.
+    ahead = select(Decision.decided_at).where(Decision.position > position).order_by(Decision.position).limit(1)
+    since = [time for time in (oldest, connection.scalar(ahead)) if time is not None]
+    return Outstanding(pending, max(0.0, (now - min(since)).total_seconds()) if since else 0.0)
 
 
 # --- For the operator --------------------------------------------------------------------------------------------

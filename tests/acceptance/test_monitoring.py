@@ -1,9 +1,12 @@
-"""What worker and trainer say of themselves: metrics, health, logs; and the alerts and the dashboard built on them."""
+"""What worker, trainer and sender of webhooks say of themselves; and the alerts and the dashboard built on it."""
 
+import base64
 import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +154,24 @@ def system(new_system: System, tiny_version: Path, tmp_path: Path) -> System:
     return new_system
 
 
+@pytest.fixture
+def sender(system: System) -> Iterator[Asked]:
+    """`moderato webhooks run`, with an endpoint for every decision at which nobody listens."""
+    asked = Asked(free_port())
+    endpoint = "MODERATO_WEBHOOKS__ENDPOINTS__NEWS__"
+    variables = {
+        "MODERATO_METRICS__WEBHOOKS_PORT": str(asked.port),
+        f"{endpoint}URL": "http://127.0.0.1:1/",
+        f"{endpoint}MIN_ACTION": "allow",
+        f"{endpoint}SECRET": base64.b64encode(bytes(32)).decode(),
+    }
+    command = [sys.executable, "-m", "cli.main", "webhooks", "run"]
+    process = subprocess.Popen(command, cwd=ROOT, env=system.environment | variables, stderr=subprocess.DEVNULL)
+    yield asked
+    process.kill()
+    process.wait()
+
+
 def json_lines(log: str) -> list[dict[str, Any]]:
     """The log without Celery's banner."""
     return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
@@ -164,8 +185,8 @@ def tables_locked(system: System) -> Iterator[None]:
         yield
 
 
-def test_a_worker_says_how_it_is(system: System, texts: list[str]) -> None:
-    # Given a worker and a trainer with endpoints
+def test_each_process_says_how_it_is(system: System, sender: Asked, texts: list[str]) -> None:
+    # Given a worker, a trainer and a sender of webhooks with endpoints
     asked, trainer = Asked(free_port()), Asked(free_port())
     system.environment["MODERATO_METRICS__WORKER_PORT"] = str(asked.port)
     system.environment["MODERATO_METRICS__TRAINER_PORT"] = str(trainer.port)
@@ -191,6 +212,14 @@ def test_a_worker_says_how_it_is(system: System, texts: list[str]) -> None:
     assert training.sum("moderato_training_runs", state="failed") == 1
     assert training.sum("moderato_training_last_run_info", state="failed", run_id="failed") == 1
     assert training.sum("moderato_training_waiting_reviews") == 1
+
+    # And the sender, which has nothing to post
+    sender.wait_for("/readyz", 200)
+    assert sender.get("/healthz") == (200, "ok")
+    idle = sender.metrics_with(lambda seen: "moderato_webhook_pending_deliveries" in seen.samples, "the endpoint")
+    assert idle.sum("moderato_webhook_pending_deliveries", endpoint="news") == 0
+    assert idle.sum("moderato_webhook_oldest_undelivered_age_seconds", endpoint="news") == 0
+    assert idle.sum("moderato_webhook_attempts_total") == 0
 
     # When comments come: new ones, the same again, and a bad one
     ids = [*system.client.submit_many(texts[:200])]
@@ -219,12 +248,19 @@ def test_a_worker_says_how_it_is(system: System, texts: list[str]) -> None:
     assert drift.sum("moderato_drift_decisions", period="day_before") == ENOUGH
     assert drift.sum("moderato_overturned_decisions") == 1
 
+    # And every decision waits for the endpoint
+    late = sender.metrics_with(lambda seen: seen.sum("moderato_webhook_pending_deliveries") == 210, "the deliveries")
+    assert late.sum("moderato_webhook_attempts_total", endpoint="news", outcome="failed") >= 1
+    assert late.sum("moderato_webhook_attempts_total", outcome="delivered") == 0
+    assert late.sum("moderato_webhook_oldest_undelivered_age_seconds", endpoint="news") > 0
+
     # Then every alert and every panel asks for what is there
-    samples = {**training.samples, **drift.samples}
+    samples = {**training.samples, **drift.samples, **late.samples}
     assert {place: problems for place, query in queries().items() if (problems := unanswerable(query, samples))} == {}
     # And the manual names all of it, and nothing else
     assert documented("worker") == own_metrics(drift)
     assert documented("trainer") == own_metrics(training)
+    assert documented("sender of webhooks") == own_metrics(late)
 
     # When the database is away, then the worker is well, and not ready
     with outage(system.environment["MODERATO_DATABASE_URL"]):
@@ -233,7 +269,10 @@ def test_a_worker_says_how_it_is(system: System, texts: list[str]) -> None:
         assert asked.metrics().sum("moderato_database_up") == 0
         assert trainer.wait_for("/readyz", 503) == "the database has not answered"
         assert trainer.get("/healthz") == (200, "ok")
+        assert "the database" in sender.wait_for("/readyz", 503)
+        assert sender.get("/healthz") == (200, "ok")
     asked.wait_for("/readyz", 200)
+    sender.wait_for("/readyz", 200)
 
     # When it is told to end while it holds what cannot be recorded yet
     with tables_locked(system):

@@ -135,8 +135,8 @@ def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
     assert [body["type"] for body in endpoint.seen.values()] == ["ping"]
     with deliverer.running():
         wait_until(lambda: "news" in client.webhook_backlogs(), TIMEOUT_S, "the endpoint's begin")
-        # When it fails, answers nothing in time, and only then takes what is posted
-        endpoint.answers += [500, 0]
+        # When it refuses, fails, answers nothing in time, and only then takes what is posted
+        endpoint.answers += [400, 500, 0]
         decide(database_url, scored("mild", action="label"), *(scored(f"a{n}", action="hide") for n in range(30)))
         expected = {f"a{n}" for n in range(30)}
         wait_until(lambda: endpoint.submissions().keys() == expected, TIMEOUT_S, "every decision to hide")
@@ -160,6 +160,7 @@ def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
     assert "text of" not in deliverer.log()
+    assert "endpoint news answered 400 to a delivery; it is tried again" in deliverer.log()
     assert "endpoint news takes deliveries again" in deliverer.log()
 
 

@@ -164,7 +164,7 @@ class TestServices:
 
 
 class TestMonitoring:
-    def test_prometheus_asks_every_worker_and_trainer_under_the_names_that_the_alerts_know(self) -> None:
+    def test_prometheus_asks_every_process_under_the_name_that_the_alerts_know(self) -> None:
         def jobs(file: str) -> dict[str, Any]:
             config = yaml.safe_load((ROOT / "deploy" / file / "prometheus.yml").read_text(encoding="utf-8"))
             assert config["rule_files"] == ["alerts.yml"]
@@ -173,11 +173,15 @@ class TestMonitoring:
         composed = jobs("compose")
         assert composed.keys() == jobs("prometheus").keys()
         metrics = load_settings(image_environment("Dockerfile")).metrics
-        parts = {"worker": metrics.worker_port, "trainer": metrics.trainer_port}
-        for part, port in parts.items():
+        parts = {
+            "worker": ({"worker", "worker-gpu"}, metrics.worker_port),
+            "trainer": ({"trainer", "trainer-gpu"}, metrics.trainer_port),
+            "webhooks": ({"webhooks"}, metrics.webhooks_port),
+        }
+        for part, (names, port) in parts.items():
             [found] = composed[f"moderato-{part}"]["dns_sd_configs"]
-            assert (set(found["names"]), found["port"]) == ({part, f"{part}-gpu"}, port)
-            assert set(found["names"]) <= OURS.keys()
+            assert (set(found["names"]), found["port"]) == (names, port)
+            assert names <= OURS.keys()
 
     def test_grafana_finds_prometheus_and_the_dashboard(self) -> None:
         found = {
