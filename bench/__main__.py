@@ -27,6 +27,7 @@ SECTIONS = {
     "rivals": "rivals",
     "host": "host_cost",
     "latency": "latency",
+    "answers": "answers",
     "growth": "growth",
     "workers": "several_workers",
     "swap": "swap",

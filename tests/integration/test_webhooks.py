@@ -10,7 +10,7 @@ from db import feed, webhooks
 from db.durable import database_time
 from db.queries import record_decisions
 from db.session import reading, writing
-from tests.integration.rows import prepare, scored
+from tests.integration.rows import NOON, prepare, scored
 
 LEASE = timedelta(minutes=5)
 
@@ -44,6 +44,12 @@ def fill(engine: Engine, endpoint: str = "news", **changes: Any) -> bool:
         return webhooks.fill(connection, endpoint, settled=settled, now=now, **wanted)
 
 
+def outstanding(engine: Engine) -> webhooks.Outstanding | None:
+    now = now_of(engine)
+    with reading(engine) as connection:
+        return webhooks.outstanding(connection, "news", now=now)
+
+
 def claim(engine: Engine, *, limit: int = 10, later: timedelta = timedelta(0)) -> list[webhooks.Claim]:
     now = now_of(engine) + later
     with writing(engine) as connection:
@@ -57,7 +63,14 @@ def ids(claims: list[webhooks.Claim]) -> list[str]:
 def test_each_decision_is_delivered_once_to_each_endpoint(outbox: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given one endpoint for what is hidden, another one for what is hidden in one community
     monkeypatch.setattr(webhooks, "POSITIONS_PER_PAGE", 4)
-    steps = [fill(outbox), fill(outbox), fill(outbox), fill(outbox)]
+    assert outstanding(outbox) is None
+    steps = [fill(outbox)]
+    # where what is still to be looked at has waited since it was decided
+    seen = outstanding(outbox)
+    assert seen is not None
+    assert seen.pending == 2
+    assert seen.oldest_age_s > (now_of(outbox) - NOON).total_seconds() - 60
+    steps += [fill(outbox), fill(outbox), fill(outbox)]
     while fill(outbox, "other", communities=["news"]):
         pass
     # Then each gets those, in steps, and none again
