@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -20,6 +20,15 @@ FIRST_BLIND_LOOK_S, LONGEST_BLIND_LOOK_S = 0.02, 0.25
 FIRST_REST_S, LONGEST_REST_S = 0.005, 0.1
 """After a look, whatever Redis says: while decisions stream in, each look is to find many."""
 LOOKS_GROW = 1.5
+
+
+class WaitTimeout(Exception):
+    """Some submissions have no outcome in time; the message says how many and where to look."""
+
+    def __init__(self, message: str, submission_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.submission_ids = list(submission_ids)
+        """Those that have none; they may still be decided."""
 
 
 class SetAside(Exception):

@@ -18,8 +18,9 @@ from cli.terminal import out, print_json, say, shown
 from cli.versions import trial_line
 
 if TYPE_CHECKING:
-    from api_client.client import Activity, ModerationClient, Status
+    from api_client.client import ModerationClient
     from api_client.pipeline_stats import PipelineRates, PipelineStats
+    from api_client.watching import Activity, Status
     from db.drift import Drift
 
 BAR_CHARS = 16

@@ -25,7 +25,6 @@ from kombu.pidbox import Mailbox
 from redis import Redis
 
 from api_client.client import (
-    MAX_CONNECTIONS,
     BrokerUnavailable,
     InvalidComment,
     ModerationClient,
@@ -33,6 +32,7 @@ from api_client.client import (
     RefusedByGate,
     WaitTimeout,
 )
+from api_client.connecting import MAX_CONNECTIONS
 from api_client.limits import Limits, QueueFull, RateLimited, TryLater
 from api_client.publishing import ask, new_task_id, push
 from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE

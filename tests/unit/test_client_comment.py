@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from api_client.client import InvalidComment, SubmissionIds, message_form
+from api_client.messages import InvalidComment, SubmissionIds, message_form
 
 
 def complaint(comment: Any) -> str:
