@@ -34,6 +34,7 @@ from pydantic import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from config.files import read_bounded, yaml_trouble
 from config.names import Action
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,8 @@ SECRET_SUFFIX = "_FILE"
 """Of a variable that names the file a setting's value stands in: MODERATO_BROKER_URL_FILE=/run/secrets/broker_url."""
 SECRET_ORIGIN = "the secret file "
 MAX_SECRET_BYTES = 65_536
+MAX_FILE_BYTES = 1_048_576
+"""Of a file of settings."""
 DEFAULT_FILE = ROOT / "config" / "default.yaml"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
@@ -436,11 +439,11 @@ def without_password(url: str) -> str:
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_bounded(path, MAX_FILE_BYTES).decode())
     except OSError as error:
         raise SettingsError(f"settings file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file {path} is not YAML: {_trouble(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two also of 2026-13-45 and of depth
+        raise SettingsError(f"settings file {path} is not YAML: {yaml_trouble(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -465,7 +468,7 @@ def _from_environment(environment: Mapping[str, str], secrets: Collection[str]) 
             target[key] = yaml.safe_load(text) if re.fullmatch(r"\[.*|\{.*: .*\}", text, re.DOTALL) else text
         except yaml.YAMLError as error:
             raise SettingsError(
-                f"{variable} in the environment is no list or mapping as in YAML: {_trouble(error)}"
+                f"{variable} in the environment is no list or mapping as in YAML: {yaml_trouble(error)}"
             ) from None
     return values
 
@@ -494,28 +497,18 @@ def _read_secret(variable: str, path: Path) -> tuple[dict[str, Any], str]:
     """The one setting that a secret file holds, with its sections around it. The line's end is not part of it."""
     trouble = f"the file {path}, which {variable} names, "
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SECRET_BYTES + 1)
-        secret = content.decode().rstrip("\r\n")
+        secret = read_bounded(path, MAX_SECRET_BYTES).decode().rstrip("\r\n")
     except OSError as error:
-        raise SettingsError(f"{trouble}cannot be read: {error.strerror}; who runs this must be able to") from None
+        hint = "is it the right one, and may whoever runs this read it?"
+        raise SettingsError(f"{trouble}cannot be read: {error.strerror}; {hint}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{trouble}is not UTF-8 text") from None
-    if len(content) > MAX_SECRET_BYTES:
-        raise SettingsError(f"{trouble}is longer than {MAX_SECRET_BYTES:,} bytes; is it the right one?")
     if not secret:
         raise SettingsError(f"{trouble}is empty; write the value into it, and nothing else")
     values: Any = secret
     for part in reversed(_path(variable.removesuffix(SECRET_SUFFIX))):
         values = {part: values}
     return values, f"{SECRET_ORIGIN}{path}"
-
-
-def _trouble(error: Exception) -> str:
-    """What YAML says, without the line it quotes: that may hold a password."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error)
-    return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _merge(

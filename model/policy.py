@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from config.files import read_bounded, yaml_trouble
 from config.names import DEFAULT_COMMUNITY, LABELS, MAX_POLICY_BYTES, Action
 
 STRICTNESS = {action: rank for rank, action in enumerate(Action)}
@@ -86,12 +87,10 @@ def read_policy(path: Path) -> Policy:
         PolicyError: the file cannot be read or breaks the form.
     """
     try:
-        with path.open("rb") as file:
-            # Never all of a file that is no policy at all. One that is too long may be cut within a character.
-            read = file.read(MAX_POLICY_BYTES + 1)
-            text = read.decode(errors="strict" if len(read) <= MAX_POLICY_BYTES else "replace")
+        text = read_bounded(path, MAX_POLICY_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"policy {path} cannot be read: {error}") from None
+        said = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(f"policy {path} cannot be read: {said}") from None
     try:
         return parse_policy(text)
     except PolicyError as error:
@@ -104,8 +103,8 @@ def parse_policy(text: str) -> Policy:
     Raises:
         PolicyError: it breaks the form.
     """
-    if len(text.encode()) > MAX_POLICY_BYTES:
-        raise PolicyError(f"longer than the {MAX_POLICY_BYTES:,} bytes that a policy may have")
+    if (size := len(text.encode())) > MAX_POLICY_BYTES:
+        raise PolicyError(f"it has {size:,} bytes; a policy has at most {MAX_POLICY_BYTES:,}")
     stated = _mapping(_document(text), "the file", ("communities",)).get("communities")
     if not isinstance(stated, dict) or DEFAULT_COMMUNITY not in stated:
         raise PolicyError(f"communities must be a mapping that names at least {DEFAULT_COMMUNITY!r}")
@@ -166,7 +165,8 @@ def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
 
 def _mapping(value: object, where: str, allowed: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise PolicyError(f"{where} must be a mapping, not {type(value).__name__} {_shown(value)}")
+        said = "and is empty" if value is None else f"not {type(value).__name__} {_shown(value)}"
+        raise PolicyError(f"{where} must be a mapping, {said}")
     for key in value:
         if key not in allowed:
             raise PolicyError(f"{where} names {_shown(key)}; allowed here: {', '.join(allowed)}")
@@ -192,7 +192,7 @@ def _document(text: str) -> Any:
     except RecursionError:
         raise PolicyError("nested more deeply than any policy") from None
     except Exception as error:  # a ValueError for the date 2026-13-45, an IndexError for !!int '', and so on
-        raise PolicyError(f"not YAML: {error}") from None
+        raise PolicyError(f"not YAML: {yaml_trouble(error)}") from None
 
 
 def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:

@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from config.files import read_bounded
 from config.names import LABELS, STARTER_VERSION
 from config.settings import ROOT
 from model.text import TOKENIZER_FILE
 
 MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 8_388_608
 WEIGHTS_FILE = "model.safetensors"
 ENCODER_FILE = "encoder.json"
 ONNX_FILE = "model.int8.onnx"
@@ -113,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_bounded(path, MAX_MANIFEST_BYTES))
     except OSError as error:
         raise VersionError(f"version {directory.name}: {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:

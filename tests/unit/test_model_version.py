@@ -96,6 +96,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other labels": (change_manifest(labels=[*LABELS[:5], "spam"]), r"has labels .*'spam'.*; this release scores"),
     "labels in another order": (change_manifest(labels=list(reversed(LABELS))), r"has labels \['identity_hate'"),
     "unlisted weights": (change_manifest(files={WEIGHTS_FILE: None}), r"lists no model\.safetensors"),
+    "too long": (write_manifest_text(" " * 8_388_609), r"it has 8,388,609 bytes; at most 8,388,608 are read"),
     "not JSON": (write_manifest_text("{"), r"not a manifest of format 1"),
     "empty manifest": (write_manifest_text(""), r"not a manifest of format 1"),
     "no fields": (write_manifest_text("{}"), r"format: Field required"),

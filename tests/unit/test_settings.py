@@ -253,6 +253,19 @@ class TestPasswords:
         assert "line 2" in said
         assert "secret" not in said
 
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("#" * 1_048_577, "cannot be read: it has 1,048,577 bytes; at most 1,048,576 are read"),
+            ("[" * 100_000, "is not YAML: maximum recursion depth"),
+            ("worker: {threads: 2026-13-45}", "is not YAML: month must be in 1..12"),
+        ],
+        ids=["length", "depth", "no-such-date"],
+    )
+    def test_a_file_that_is_none_of_ours(self, file: Path, text: str, said: str) -> None:
+        file.write_text(text)
+        assert f"settings file {file} {said}" in complaint({"MODERATO_CONFIG": str(file)})
+
 
 class TestSecretFiles:
     @pytest.fixture
@@ -285,7 +298,7 @@ class TestSecretFiles:
             (b"", "is empty"),
             (b"\n", "is empty"),
             (b"redis://\xff", "is not UTF-8 text"),
-            (b"x" * 65_537, "is longer than 65,536 bytes"),
+            (b"x" * 65_537, "cannot be read: it has 65,537 bytes; at most 65,536 are read"),
         ],
     )
     def test_a_file_that_cannot_be_it_is_named_with_its_variable(
