@@ -118,7 +118,6 @@ def rule_lines(policy: str, community: str, label: str) -> list[tuple[int, str]]
     _, communities = _pairs(yaml.compose(policy, Loader=yaml.SafeLoader))["communities"]
     stated = _pairs(communities)
     name: str | None = community if community in stated else DEFAULT_COMMUNITY
-    # Two of other spellings may be one to YAML (1.0 and 1.00): then no line is better than a wrong one.
     while name in stated:
         rules = _pairs(stated[name][1])
         if label in rules:

@@ -22,6 +22,7 @@ INHERITS = "inherits"
 """Stands among a community's labels, before the name of the community whose rules it takes for those it leaves out."""
 MAX_VALUES = 1_000_000
 MERGE_TAG = "tag:yaml.org,2002:merge"
+TEXT_TAG = "tag:yaml.org,2002:str"
 LISTED_NAMES = 10
 """Of communities, in what is said of a policy."""
 
@@ -110,8 +111,7 @@ def parse_policy(text: str) -> Policy:
         raise PolicyError(f"communities must be a mapping that names at least {DEFAULT_COMMUNITY!r}")
     own: dict[str, Rules] = {}
     above: dict[str, str] = {}
-    for key, value in stated.items():
-        name = str(key)
+    for name, value in stated.items():
         where = _place("communities", name)
         labels = _mapping(value, where, (*LABELS, INHERITS))
         own[name] = {label: _thresholds(labels[label], f"{where}.{label}") for label in LABELS if label in labels}
@@ -184,7 +184,7 @@ def _document(text: str) -> Any:
         document = loader.get_single_node()
         if document is None:
             return None
-        if (values := _count_values(document, "", {})) > MAX_VALUES:
+        if (values := _read_names(document, "", {})) > MAX_VALUES:
             raise PolicyError(f"its aliases make {values:,} values of it; at most {MAX_VALUES:,} are allowed")
         return loader.construct_document(document)
     except PolicyError:
@@ -195,8 +195,8 @@ def _document(text: str) -> Any:
         raise PolicyError(f"not YAML: {yaml_trouble(error)}") from None
 
 
-def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
-    """How many values a node stands for, aliases followed: a few lines can stand for billions.
+def _read_names(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
+    """Take every name as it is written, and tell how many values stand there, as a few lines of aliases can billions.
 
     Args:
         where: its place, for what is said of it; of an alias the first one's.
@@ -210,24 +210,29 @@ def _count_values(node: yaml.Node, where: str, counts: dict[int, int]) -> int:
         return known
     counts[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
-        _refuse_twins(node, where or "the file")
+        _take_as_written(node, where or "the file")
         children = [(value, _place(where, str(key.value))) for key, value in node.value]
     else:
         children = [(value, where) for value in node.value]
-    counts[id(node)] = 1 + sum(_count_values(*child, counts) for child in children)
+    counts[id(node)] = 1 + sum(_read_names(*child, counts) for child in children)
     return counts[id(node)]
 
 
-def _refuse_twins(mapping: yaml.MappingNode, where: str) -> None:
+def _take_as_written(mapping: yaml.MappingNode, where: str) -> None:
+    """Names are texts: YAML would have `no` be false, and 1 and 0x1 one community, the last of which counts."""
     lines: dict[str, int] = {}
-    for key, _ in mapping.value:
-        # Several merges are taken together; of anything else the last one would silently count.
-        if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE_TAG:
-            continue
+    for key, value in mapping.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise PolicyError(f"{where} has in line {line} a list or mapping where a name belongs")
+        if key.tag == MERGE_TAG:  # several are taken together
+            continue
         if key.value in lines:
             raise PolicyError(f"{where} names {_shown(key.value)} twice: in lines {lines[key.value]} and {line}")
         lines[key.value] = line
+        key.tag = TEXT_TAG
+        if key.value == INHERITS and isinstance(value, yaml.ScalarNode):
+            value.tag = TEXT_TAG
 
 
 def _place(where: str, name: str) -> str:

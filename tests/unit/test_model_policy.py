@@ -104,12 +104,31 @@ def test_aliases_and_merges_mean_what_they_did() -> None:
         "  default: &usual {toxic: &mild {hide: 0.9}, insult: {hide: 0.8}}\n"
         "  news: *usual\n"
         "  kids: {<<: *usual, toxic: {hide: 0.5}, obscene: *mild}\n"
-        "  2026: {}\n"
+        "  news2: {}\n"
     )
-    assert policy.rules("news") == policy.rules("default") == policy.rules("2026")
+    assert policy.rules("news") == policy.rules("default") == policy.rules("news2")
     assert policy.rules("kids")["toxic"] == ((0.5, Action.HIDE),)
     assert policy.rules("kids")["insult"] == ((0.8, Action.HIDE),)
     assert policy.rules("kids")["obscene"] == ((0.9, Action.HIDE),)
+
+
+def test_a_name_is_what_is_written() -> None:
+    # Given communities that YAML itself would take for false, a date, nothing, and one number of three spellings
+    policy = parse_policy(
+        "communities:\n"
+        "  default: {}\n"
+        "  no: {toxic: {hide: 0.1}}\n"
+        "  2026-11-23: {toxic: {hide: 0.2}}\n"
+        "  ~: {toxic: {hide: 0.3}}\n"
+        "  1: {toxic: {hide: 0.4}}\n"
+        "  0x1: {toxic: {hide: 0.5}}\n"
+        "  1.0: {inherits: no}\n"
+        "  012: {inherits: 0x1}\n"
+    )
+    # Then each is there by its name, and inherits from whom it says
+    names = ["no", "2026-11-23", "~", "1", "0x1", "1.0", "012"]
+    assert policy.communities == ["default", *names]
+    assert [policy.rules(name)["toxic"][0][0] for name in names] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.1, 0.5]
 
 
 def bomb(merge: str) -> str:
@@ -209,6 +228,7 @@ def test_the_policy_that_ships_is_sound() -> None:
         pytest.param("{}", ["'default'"]),
         pytest.param("", ["the file", "mapping, and is empty"]),
         pytest.param("just words", ["the file", "str"]),
+        pytest.param("communities: {default: {}, [a]: {}}", ["communities has in line 1 a list or mapping"]),
         pytest.param("communities: {default: {toxic: {hide: 0.5}", ["not YAML", "in line 1, column 43"], id="unclosed"),
         pytest.param("communities: {default: {toxic: {hide: 2026-13-45}}}", ["not YAML"], id="no-such-date"),
         pytest.param("communities: !!python/object/apply:os.getpid []", ["not YAML"], id="python-object"),
