@@ -1,4 +1,7 @@
-"""The command line as people run it: on a real Redis and SQLite, with a real version, in processes of its own."""
+"""The command line as people run it: on a real Redis and SQLite, with a real version.
+
+In processes of its own where signals, a terminal or what it leaves behind matter; else in this one.
+"""
 
 import csv
 import json
@@ -18,10 +21,12 @@ from typing import Any
 import pytest
 from redis import Redis
 from sqlalchemy import Engine
+from typer.testing import Result
 
 from api_client.client import ModerationClient
 from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
+from cli.terminal import PLAIN_WIDTH, out
 from config.names import LABELS
 from config.settings import ROOT
 from db import policies, queries
@@ -29,6 +34,7 @@ from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
 from model.policy import parse_policy
+from tests.commands import run_here
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
 
@@ -41,12 +47,14 @@ class Moderato:
     def __init__(self, **variables: str) -> None:
         self.environment = os.environ | variables
 
-    def __call__(self, *arguments: str, status: int = 0, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end, which must be `status`."""
+    def __call__(self, *arguments: str, status: int = 0, stdin: str = "") -> Result:
+        """Run a command to its end, which must be `status`, in this process."""
+        return run_here(self.environment, *arguments, status=status, stdin=stdin)
+
+    def apart(self, *arguments: str, status: int = 0) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end, which must be `status`, in a process of its own."""
         command = [sys.executable, "-m", "cli.main", *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, input=stdin, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
         return done
 
@@ -71,8 +79,10 @@ def versions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def moderato(redis_url: str, sqlite_url: str, versions_dir: Path) -> Moderato:
+def moderato(redis_url: str, sqlite_url: str, versions_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Moderato:
     """With an empty Redis, a database with tables, and one version on disk that the database does not know."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(out, "width", PLAIN_WIDTH)  # pytest itself may be on a terminal
     return Moderato(
         MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=sqlite_url, MODERATO_VERSIONS_DIR=str(versions_dir)
     )
@@ -510,7 +520,7 @@ class TestOffline:
         recipe.write_text("trainer: {max_rows: 32, calibration_texts: 8, epochs: 7}")
         output = str(tmp_path / "tiny-2")
         options = ["--config", str(recipe), "--epochs", "1"]
-        done = moderato("train", "--name", "tiny-2", "--from", VERSION, "--output", output, *options)
+        done = moderato.apart("train", "--name", "tiny-2", "--from", VERSION, "--output", output, *options)
         assert "average precision" in done.stdout
         # Then it is a version that scores
         scorer = load_scorer(tmp_path / "tiny-2")
@@ -637,7 +647,7 @@ class TestRunningEverything:
         )
         moderato("activate", "v1")
         # Then the command says what the worker said, and ends
-        done = moderato("up", status=1)
+        done = moderato.apart("up", status=1)
         assert "moderato: the worker ended with status" in done.stderr
         assert "version v1: there is no directory" in done.stderr
 

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from sqlalchemy import Engine, insert
 from api_client.client import ModerationClient
 from bench.tiny import copy_version
 from config.names import LABELS
-from config.settings import ROOT
 from db import queries, trials
 from db.durable import record_pending
 from db.privacy import Subject
@@ -23,6 +19,7 @@ from db.session import writing
 from db.tables import PolicyActivation
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
+from tests.commands import run_here
 from tests.integration.rows import NOON, POLICY_VERSION, decide, letter, minutes, pending, prepare, scored
 
 MANIFEST = {
@@ -160,13 +157,14 @@ def test_the_same_version_says_the_same_again(sqlite_url: str, tiny_version: Pat
     scorer = load_scorer(directory, device="cpu", engine="onnx", threads=1)
     scores: dict[str, Any] = dict(zip(LABELS, scorer.score_texts([text])[0].tolist(), strict=True))
     decide(sqlite_url, scored("1", text, **scores), scored("odd", text, **scores | {"toxic": 0.999}))
-    variables = {"MODERATO_BROKER_URL": "redis://127.0.0.1:1/0", "MODERATO_DATABASE_URL": sqlite_url}
-    environment = os.environ | variables | {"MODERATO_VERSIONS_DIR": str(versions_dir)}
+    environment = {
+        "MODERATO_BROKER_URL": "redis://127.0.0.1:1/0",
+        "MODERATO_DATABASE_URL": sqlite_url,
+        "MODERATO_VERSIONS_DIR": str(versions_dir),
+    }
 
     def explain(*arguments: str, status: int) -> dict[str, Any]:
-        command = [sys.executable, "-m", "cli.main", "explain", *arguments, "--rerun", "--json"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == status, done.stderr
+        done = run_here(environment, "explain", *arguments, "--rerun", "--json", status=status)
         rerun: dict[str, Any] = json.loads(done.stdout)["rerun"]
         return rerun
 
