@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, say, shorten, shown
-from config.names import DEFAULT_COMMUNITY, LABELS
+from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     from model.engine import Scorer
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SAME = 1e-5
 """How far a score may move with the batch it is in: the rounding of sums taken in another order."""
-EXCERPT_CHARS = 200
+NAME_CHARS = 14
+"""Of a line: the name of what it says, and a space."""
 
 
 def explain(
@@ -33,9 +34,7 @@ def explain(
     ] = False,
     text: Annotated[
         bool,
-        typer.Option(
-            "--text", help="With --rerun: show the windows that scored highest, in part. They may be abusive."
-        ),
+        typer.Option("--text", help="With --rerun: show the windows that scored highest. They may be abusive."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object; docs/explain.md has its keys.")] = False,
 ) -> None:
@@ -251,16 +250,28 @@ def _verdict(difference: float, action: str | None, before: str) -> dict[str, An
 
 def _show(explained: Mapping[str, Any]) -> None:
     for line in _lines(explained):
-        out.print(line, soft_wrap=True)
+        _print(line)
     if explained.get("rerun"):
         _show_rerun(explained["rerun"])
 
 
+def _print(line: Text) -> None:
+    """Wrapped beside its name on a terminal, and whole in a file or a pipe."""
+    if not out.is_terminal:
+        out.print(line, soft_wrap=True)
+        return
+    grid = Table.grid()
+    grid.add_column(width=NAME_CHARS)
+    grid.add_column(overflow="fold")
+    grid.add_row(*line.divide([NAME_CHARS]))
+    out.print(grid)
+
+
 def _lines(explained: Mapping[str, Any]) -> Iterator[Text]:
     decision, letter, way = explained["decision"], explained["dead_letter"], explained["way"]
-    of = f"comment {explained['comment_id']} of community {explained['community']}"
+    of = f": comment {explained['comment_id']} of community {explained['community']}" if explained["community"] else ""
     author = f", by {explained['author']}" if explained["author"] else ""
-    yield _line("submission", f"{explained['submission_id']}: {of}{author}")
+    yield _line("submission", f"{explained['submission_id']}{of}{author}")
     if decision is not None:
         by = "" if explained["decided_by"] == "model" else f", by {explained['decided_by']}; the model: "
         now = Text(f"{explained['action']}", ACTION_STYLES[explained["action"]])
@@ -276,7 +287,8 @@ def _lines(explained: Mapping[str, Any]) -> Iterator[Text]:
     else:
         yield _line("action", f"none yet: {explained['state']}")
     yield from _way_lines(explained)
-    yield _line("text", _text_state(explained["text"]))
+    if letter is None:  # whose message may hold it
+        yield _line("text", _text_state(explained["text"]))
     for opinion in explained["other_versions"]:
         said = f"failed: {opinion['error']}" if opinion["scores"] is None else f"would {opinion['action']}"
         yield _line("also asked", f"{opinion['version']} ({opinion['kind']}) {said}")
@@ -291,7 +303,7 @@ def _at(time: str) -> str:
 
 
 def _line(name: str, value: str) -> Text:
-    return Text(f"{name:<13} {value}")
+    return Text(f"{name:<{NAME_CHARS}}{value}")
 
 
 def _because(decision: Mapping[str, Any]) -> str:
@@ -336,7 +348,8 @@ def _version_lines(version: Mapping[str, Any], trial: Mapping[str, Any] | None) 
     parent = f"fine-tuned from {version['parent']}, " if version["parent"] else ""
     mean = held_out["mean_roc_auc"]
     figures = "" if mean is None else f"; mean ROC-AUC {mean:.4f} on {held_out['rows']:,} held-out rows"
-    yield _line("", f"{parent}made {_at(version['created_at'])}{figures}")
+    made = f"made {_at(version['created_at'])}" if version["created_at"] else "no manifest of it was stored"
+    yield _line("", f"{parent}{made}{figures}")
 
 
 def _activated(activation: Mapping[str, Any]) -> str:
@@ -350,7 +363,9 @@ def _way_lines(explained: Mapping[str, Any]) -> Iterator[Text]:
         yield _line("way", f"submitted {_at(way['submitted_at'])}{queue}")
     if decision is not None:
         windows = f"{decision['windows']} window{'s' if decision['windows'] > 1 else ''}"
-        waited = f"waited {way['queue_ms']:,.1f} ms, its batch took {way['compute_ms']:,.1f} ms"
+        computed = way["compute_ms"]
+        batch = f"its batch took {computed:,.1f} ms" if computed else "scored with an earlier copy of it"
+        waited = f"waited {way['queue_ms']:,.1f} ms, {batch}"
         yield _line("", f"{waited}, in {windows}; decided {_at(decision['decided_at'])}")
 
 
@@ -373,21 +388,16 @@ def _show_rerun(rerun: Mapping[str, Any]) -> None:
         say(f"moderato: not scored again: {rerun['meaning']}")
         return
     difference = f"largest difference {rerun['largest_difference']:.2g} ({rerun['differs_most']})"
-    out.print(_line("scored again", f"{difference}: {rerun['meaning']}"), soft_wrap=True)
-    out.print(_line("", f"on {rerun['engine']}"), soft_wrap=True)
+    _print(_line("scored again", f"{difference}: {rerun['meaning']}"))
+    _print(_line("", f"on {rerun['engine']}"))
     of = "the text as the version reads it, disguises undone" if rerun["text_is_read_otherwise"] else "the text"
-    table = Table("window", "characters", *LABELS, title=f"* the highest; characters of {of}")
+    _print(_line("windows", f"* the highest; characters of {of}"))
+    # Without lines between them the columns fit into 80 characters.
+    table = Table("", "characters", *LABELS, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for number, window in enumerate(rerun["windows"], start=1):
         scores = (f"{window['scores'][each]:.4f}{'*' if each in window['highest'] else ' '}" for each in LABELS)
-        table.add_row(f"{number}", f"{window['start']:,} to {window['end']:,}", *scores)
+        table.add_row(f"{number}", f"{window['start']:,}-{window['end']:,}", *scores)
     out.print(table)
     for number, window in enumerate(rerun["windows"], start=1):
         if "text" in window and window["highest"]:
-            out.print(_line(f"window {number}", _excerpt(window["text"])), soft_wrap=True)
-
-
-def _excerpt(text: str) -> str:
-    """A window's beginning and end."""
-    if len(text) <= 2 * EXCERPT_CHARS:
-        return shorten(text, 2 * EXCERPT_CHARS)
-    return f"{shorten(text[:EXCERPT_CHARS], EXCERPT_CHARS)} … {shorten(text[-EXCERPT_CHARS:], EXCERPT_CHARS)}"
+            _print(_line(f"window {number}", shorten(window["text"], MAX_TEXT_BYTES)))

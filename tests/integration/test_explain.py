@@ -124,6 +124,10 @@ def test_what_has_no_decision_says_why(client: ModerationClient, engine: Engine,
             "text is empty",
         )
         assert "payload" not in explained["dead_letter"]
+    # And where the message named no comment, neither do we
+    environment = {"MODERATO_BROKER_URL": "redis://127.0.0.1:1/0", "MODERATO_DATABASE_URL": database_url}
+    shown = run_here(environment, "explain", "unread").stdout
+    assert shown.startswith("submission    unread\ndead letter   invalid_comment, ") and "None" not in shown
     explained = client.explain("waits")
     assert explained and (explained["state"], explained["action"], explained["way"]["queue"]) == (
         "pending",
@@ -177,6 +181,9 @@ def test_the_same_version_says_the_same_again(sqlite_url: str, tiny_version: Pat
     assert {label for window in windows for label in window["highest"]} == set(LABELS)
     assert [windows[0]["start"], windows[-1]["end"]] == [0, len(text.rstrip())]
     assert all(text[window["start"] : window["end"]] == window["text"] for window in windows)
+    # And where people look, the windows that scored highest are there in full
+    shown = run_here(environment, "explain", "1", "--rerun", "--text").stdout
+    assert all(window["text"].strip() in shown for window in windows if window["highest"])
     # And a row that says something else is told apart
     assert explain("odd", status=1)["verdict"] == "other"
     # And without the version's files, or the text, nothing can be scored
