@@ -1,11 +1,10 @@
 """`moderato policy`: see, try out and change the policy that decides, for all workers and without a restart."""
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, progress, say, shorten, shown, user
+from cli.times import past
 from config.names import LABELS, Action
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ HASH_CHARS = 12
 FOLLOW_S = 10.0
 """In which every worker that answers follows: a broadcast, or the next of its looks."""
 LISTED_COMMUNITIES = 20
-UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 Name = Annotated[str, typer.Argument(metavar="POLICY", help="A file, the first digits of a stored hash, or `active`.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
@@ -132,7 +131,7 @@ def diff(a: Name, b: Name, as_json: AsJson = False) -> None:
 @app.command()
 def replay(
     name: Name,
-    since: Annotated[str, typer.Option(help="How far back: 30m, 24h, 7d, 4w, or `all`.")] = "7d",
+    since: Annotated[str, typer.Option(help="How far back: 24h, 7d, 4w, a time as 2026-11-23T12:00, or `all`.")] = "7d",
     community: Annotated[str | None, typer.Option(help="Only its decisions.")] = None,
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, max=1_000, help="Of each change.")] = 3,
     texts: Annotated[bool, typer.Option("--texts", help="Show the examples' comments. They may be abusive.")] = False,
@@ -144,7 +143,7 @@ def replay(
 
     Example: moderato policy replay policy.yaml --since 7d --examples 5
     """
-    begin = parse_since(since, datetime.now(UTC))
+    begin = None if since == "all" else past(since)
 
     from api_client.client import ModerationClient
     from model.replay import Replay
@@ -311,20 +310,6 @@ def database_is_there() -> bool:
 
     url = make_url(settings().database_url)
     return url.get_backend_name() != "sqlite" or Path(url.database or "").is_file()
-
-
-def parse_since(said: str, now: datetime) -> datetime | None:
-    """The time that is so long ago; None of `all`.
-
-    Raises:
-        Problem: it is no such time.
-    """
-    if said == "all":
-        return None
-    match = re.fullmatch(r"([0-9]{1,4})([mhdw])", said)
-    if match is None:
-        raise Problem(f"--since {said} is no length of time: give 30m, 24h, 7d, 4w, or all")
-    return now - timedelta(**{UNITS[match[2]]: int(match[1])})
 
 
 def worker_line(node: str, policy_version: str | None, refusal: str | None) -> str:

@@ -111,7 +111,7 @@ def results(
     version: Annotated[str | None, typer.Option(help="Model version that decided.")] = None,
     since: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d ago, or a date and time, UTC."),
+        typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d, 4w ago, or a date and time, UTC."),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Decided before then.")] = None,
     order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = "newest",

@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.policies import parse_since
 from cli.status import drift_lines
 from cli.terminal import Problem, shorten
 from cli.times import past
@@ -97,7 +96,8 @@ def test_times() -> None:
     assert timedelta(days=7) > now - past("6.9d") > timedelta(days=6)
     assert past("2026-11-23") == past("2026-11-23T00:00:00Z") == datetime(2026, 11, 23, tzinfo=UTC)
     assert past("2026-11-23 12:00+02:00") == datetime(2026, 11, 23, 10, tzinfo=UTC)
-    for wrong in ("soon", "10", "10w", "-5m", f"{10**9}d"):
+    assert timedelta(weeks=9_999) >= now - past("9999w") > timedelta(weeks=9_998)
+    for wrong in ("soon", "10", "7 d", "7y", "-5m", "1000000d", "99999999999w"):
         with pytest.raises(Problem, match="is no time: give one as 10m"):
             past(wrong)
 
@@ -138,16 +138,6 @@ def test_light_commands_load_nothing_heavy(arguments: str, tmp_path: Path) -> No
     )
     # Then it ran, and neither torch nor pandas was imported for it
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
-def test_since_is_a_length_of_time() -> None:
-    now = datetime(2026, 11, 23, 12, tzinfo=UTC)
-    for said, minutes in {"30m": 30, "24h": 1_440, "7d": 10_080, "9999w": 100_789_920}.items():
-        assert parse_since(said, now) == now - timedelta(minutes=minutes)
-    assert parse_since("all", now) is None
-    for said in ("7", "d", "7 d", "-7d", "7y", "1000000d", "99999w"):
-        with pytest.raises(Problem, match="--since"):
-            parse_since(said, now)
 
 
 class TestPolicyFiles:
