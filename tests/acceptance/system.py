@@ -177,10 +177,10 @@ class System:
         """`celery -A worker worker -Q toxicity`, ready. Settings are those of the section worker."""
         return self.begin_worker(node=node, **worker_settings).wait_until_ready()
 
-    def begin_worker(self, *, node: str = "w1", **worker_settings: str) -> CeleryProcess:
-        """The same, not waited for."""
+    def begin_worker(self, *, node: str = "w1", app: str = "worker", **worker_settings: str) -> CeleryProcess:
+        """The same, not waited for; `app` may be a module with a worker that differs in something."""
         variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in worker_settings.items()}
-        return self._start("worker", MODERATE_QUEUE, node, variables)
+        return self._start(app, MODERATE_QUEUE, node, variables)
 
     def start_trainer(self) -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""

@@ -39,9 +39,9 @@ def wait_until_both(system: System, text: str, refused: bool = False) -> None:
 
 @pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
 def test_a_policy_takes_over_in_the_middle_of_a_stream(system: System, texts: list[str]) -> None:
-    # Given a worker that looks once a minute, one that looks every second, and comments that keep coming
+    # Given a worker that only hears of activations, one that looks every second, and comments that keep coming
     for process in [
-        system.begin_worker(node="w1", activation_poll_s="60"),
+        system.begin_worker(node="w1", app="tests.acceptance.hearing_worker"),
         system.begin_worker(node="w2", activation_poll_s="1"),
     ]:
         process.wait_until_ready()
