@@ -202,6 +202,7 @@ class Operator(Connections):
             NothingToRollBack: there was none.
         """
         with self._writing() as connection:
+            queries.hold_activations(connection)  # or the one before might be of what is active no more
             before = policies.previous(connection)
             if before is None:
                 raise NothingToRollBack("no other policy was active before; `moderato policy activate FILE` sets one")

@@ -19,6 +19,7 @@ from config.names import LABELS, Action
 
 if TYPE_CHECKING:
     from api_client.client import ModerationClient
+    from db.policies import PolicyActivationRow
     from model.policy import Policy, Verdict
     from model.replay import Matrix, Replay, RuleChange
 
@@ -107,7 +108,8 @@ def check(
         return
     for warning in warnings:
         say(f"warning: {warning}")
-    out.print(Text(f"{file} is a policy: {policy.version[:HASH_CHARS]}, {len(policy.communities)} communities"))
+    names = f"{len(policy.communities)} communities" if len(policy.communities) > 1 else "1 community"
+    out.print(Text(f"{file} is a policy: {policy.version[:HASH_CHARS]}, {names}"))
 
 
 @app.command()
@@ -193,6 +195,8 @@ def activate(
             say(f"what differs cannot be shown: {error}")
         if not yes:
             typer.confirm("Decide by this policy from now on?", abort=True)
+            if (now := client.active_policy()) is not None and now != active:
+                raise Problem(f"nothing was changed, as meanwhile {_activation(now)}; from that other rules may differ")
         client.activate_policy(policy.text, by=by or user(), reason=reason)
         _say_who_follows(client, policy.version)
 
@@ -455,14 +459,22 @@ def _rule(verdict: "Verdict", scores: Mapping[str, float]) -> Text:
 # --- Following ---------------------------------------------------------------------------------------------------
 
 
+def _activation(row: "PolicyActivationRow") -> str:
+    return f"{row.activated_by} activated {row.policy_version[:HASH_CHARS]}: {row.reason}"
+
+
 def _say_who_follows(client: "ModerationClient", version: str) -> None:
-    """Which workers decide by the policy, once all that answer do, or have had the time for it."""
+    """Which workers decide by the policy, once all that answer do, or have had the time for it, or it was replaced."""
     say(f"policy {version[:HASH_CHARS]} is the active one")
     deadline = time.monotonic() + FOLLOW_S
     while True:
         activity = client.activity()
         pipelines = activity.pipelines
         if all(stats.policy_version == version for stats in pipelines.values()) or time.monotonic() > deadline:
+            break
+        active = client.active_policy()
+        if active is not None and active.policy_version != version:
+            say(f"it no longer is: {_activation(active)}")
             break
     for problem in activity.problems:
         say(f"moderato: {problem}")

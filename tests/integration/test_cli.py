@@ -39,6 +39,7 @@ from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
 
 VERSION = "tiny-1"
+OTHER_POLICY = "communities: {default: {toxic: {hide: 0.95}}}"
 
 
 class Moderato:
@@ -214,7 +215,12 @@ class TestReading:
         assert "[red]eve │" in shown and "50.0%" in shown
 
     def test_a_policy_is_tried_on_stored_scores_and_activated(
-        self, moderato: Moderato, client: ModerationClient, sqlite_url: str, tmp_path: Path
+        self,
+        moderato: Moderato,
+        client: ModerationClient,
+        sqlite_url: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         # Given decisions of two communities, one of them reviewed, and a policy that nobody activated
         mild, strict = tmp_path / "mild.yaml", tmp_path / "strict.yaml"
@@ -251,6 +257,13 @@ class TestReading:
         # When it is activated after a question, then it is the active one
         assert "Decide by this policy" in moderato("policy", "activate", str(strict), stdin="n\n", status=1).stdout
         assert "ever activated" in moderato("policy", "history").stderr
+        # And not where somebody else activates one before the answer
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "typer.confirm", lambda *_, **__: client.activate_policy(OTHER_POLICY, by="bob", reason="mine")
+            )
+            said = moderato("policy", "activate", str(strict), status=1).stderr
+        assert "nothing was changed, as meanwhile bob activated" in said and said.endswith("differ\n")
         done = moderato("policy", "activate", str(strict), "--by", "ann", "--reason", "why", stdin="y\n")
         assert "no worker answers" in done.stderr
         version = parse_policy(strict.read_text()).version
@@ -266,6 +279,7 @@ class TestReading:
             (True, "too mild"),
             (False, "by hand"),
             (True, "why"),
+            (False, "mine"),
         ]
         told = json.loads(moderato("policy", "diff", version[:8], "active", "--json").stdout)
         assert told == {"a": version, "b": version, "changes": []}
