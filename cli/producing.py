@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 Order = Literal["newest", "oldest", Label]
+DEFAULT_ORDER: Order = "newest"
+DEFAULT_LIMIT = 20
 
 
 def submit(
@@ -114,8 +116,8 @@ def results(
         typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d, 4w ago, or a date and time, UTC."),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Decided before then.")] = None,
-    order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = "newest",
-    limit: Annotated[int, typer.Option(min=0, help="Most rows; 0 shows all.")] = 20,
+    order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = DEFAULT_ORDER,
+    limit: Annotated[int, typer.Option(min=0, help="Most rows; 0 shows all.")] = DEFAULT_LIMIT,
     text: Annotated[bool, typer.Option("--text", help="Show the comments too. They may be abusive.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with all six scores.")] = False,
     follow: Annotated[
@@ -144,6 +146,8 @@ def results(
             "--min-score": min_score,
             "--version": version,
             "--until": until,
+            "--order": None if order == DEFAULT_ORDER else order,
+            "--limit": None if limit == DEFAULT_LIMIT else limit,
         }
         if given := [option for option, value in others.items() if value is not None]:
             raise Problem(f"--follow does not go with {given[0]}: it takes --community, --action, --since or --after")

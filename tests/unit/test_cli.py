@@ -86,6 +86,7 @@ def test_the_help_lists_every_command() -> None:
 
 def test_what_does_not_go_with_following() -> None:
     assert "--follow does not go with --label" in complaint("results", "--follow", "--label", "toxic")
+    assert "--follow does not go with --limit" in complaint("results", "--follow", "--limit", "3")
     assert "'x' is no cursor" in complaint("results", "--follow", "--after", "x")
     assert "--after goes with --follow" in complaint("results", "--after", "1")
 
