@@ -12,7 +12,7 @@ from kombu.pidbox import Mailbox
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from api_client.listening import BROKER_ERRORS, AnswerLines
+from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, settings, without_password
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -92,6 +92,9 @@ class Connections:
         self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
         # Waiting for answers leaves a BRPOP in flight, whose reply the next command there would take for its own.
         self._asking_connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
+        self._prompt_connections = self._app.connection_for_write(transport_options=prompt_options()).Pool(
+            MAX_CONNECTIONS
+        )
         self._answer_lines = AnswerLines(self._app.connection_for_write)
 
     def __enter__(self) -> Self:
@@ -105,6 +108,7 @@ class Connections:
     def close(self) -> None:
         """Close every connection."""
         self._answer_lines.close()
+        self._prompt_connections.force_close_all()
         self._asking_connections.force_close_all()
         self._connections.force_close_all()
         self._app.close()

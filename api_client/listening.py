@@ -19,11 +19,17 @@ from config.names import ANSWER_CHANNEL, DECIDED_CHANNEL
 from db.outage import Outage
 
 BROKER_ERRORS = (KombuError, RedisError, OSError)
-SUBSCRIBE_TIMEOUT_S = 3.0
+PROMPT_TIMEOUT_S = 1.0
+"""To connect, and for an answer, where somebody waits for a decision: Redis takes a millisecond."""
 MOST_IDLE = 10
 """Subscribed connections kept for the next who wait."""
 
 logger = logging.getLogger(__name__)
+
+
+def prompt_options() -> dict[str, Any]:
+    """What differs in the transport options of a connection that somebody waits for."""
+    return {"socket_connect_timeout": PROMPT_TIMEOUT_S, "socket_timeout": PROMPT_TIMEOUT_S}
 
 
 class Subscription:
@@ -38,13 +44,14 @@ class Subscription:
             channel_name: without what kombu puts before it.
         """
         self._broker = broker
+        broker.transport_options = {**broker.transport_options, **prompt_options()}
         try:
             channel: Any = broker.default_channel
             with channel.conn_or_acquire() as client:
                 self._pubsub: Any = client.pubsub()
             self._pubsub.subscribe(channel.keyprefix_fanout + channel_name)
-            if self._next(SUBSCRIBE_TIMEOUT_S, "subscribe") is None:
-                raise TimeoutError(f"Redis did not answer within {SUBSCRIBE_TIMEOUT_S:g} s")
+            if self._next(PROMPT_TIMEOUT_S, "subscribe") is None:
+                raise TimeoutError(f"Redis did not answer within {PROMPT_TIMEOUT_S:g} s")
         except BaseException:
             self.close()
             raise

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from kombu.connection import ConnectionPool
+
 from api_client.connecting import BrokerUnavailable, Connections
 from api_client.limits import Limits, TryLater
 from api_client.listening import Nudges
@@ -122,7 +124,7 @@ class Producer(Connections):
         """Send one comment and wait for its decision, which the worker pushes here as soon as it is committed.
 
         Args:
-            timeout_s: from when the comment is sent.
+            timeout_s: from when the comment is sent; before, a Redis that does not answer is given up within 10 s.
             queue: `toxicity.interactive` passes by what waits in the other queues, where a worker's `-Q` names it.
             comment: any other argument of `submit`.
 
@@ -135,7 +137,9 @@ class Producer(Connections):
         form = checked_form({**comment, "text": text}, durable)
         with self._answer_lines.borrow() as line:
             token = None if line is None else line.token
-            [submission_id] = self._send([form], queue, durable, SubmissionIds(), answer_to=token)
+            [submission_id] = self._send(
+                [form], queue, durable, SubmissionIds(), answer_to=token, connections=self._prompt_connections
+            )
             verdict = wait_for_verdict(submission_id, line, lambda: self._verdict(submission_id, form), timeout_s)
         if verdict is None:
             raise WaitTimeout(
@@ -298,7 +302,9 @@ class Producer(Connections):
         ids: SubmissionIds,
         *,
         answer_to: str | None = None,
+        connections: ConnectionPool | None = None,
     ) -> SubmissionIds:
+        connections = connections or self._connections
         messages = in_messages(comments)
         submitted_at = time.time()
         own_headers: dict[str, float | str] = {SUBMITTED_AT_HEADER: submitted_at}
@@ -309,7 +315,7 @@ class Producer(Connections):
         def ask_first() -> None:
             nonlocal limits
             if limits:
-                with self._connections.acquire(block=True) as broker:
+                with connections.acquire(block=True) as broker:
                     ask(broker, queue, len(messages), limits)
             limits = None
 
@@ -317,7 +323,7 @@ class Producer(Connections):
             nonlocal limits
             # Once: where Redis took them and its answer was lost, the queue may be full of them.
             asked, limits = limits, None
-            with self._connections.acquire(block=True) as broker:
+            with connections.acquire(block=True) as broker:
                 push(self._app, broker, queue, messages, own_headers, asked)
 
         if durable:

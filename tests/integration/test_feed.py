@@ -1,5 +1,6 @@
 """The order in which decisions are handed on: nobody who keeps a cursor misses one."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
 
-from api_client.client import InvalidComment, ModerationClient, WaitTimeout
+from api_client.client import BrokerUnavailable, InvalidComment, ModerationClient, WaitTimeout
 from api_client.waiting import SetAside, Verdict
 from config.names import DECIDED_CHANNEL
 from db import feed, queries
@@ -359,6 +360,23 @@ class TestWaitingForOneDecision:
         said = moderated("b", lambda: None, "another text")
         assert isinstance(said, InvalidComment)
         assert "was used before with another text" in str(said)
+
+    def test_a_redis_that_stands_still_keeps_nobody_for_long(
+        self, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("api_client.connecting.SOCKET_TIMEOUT_S", 600)
+        monkeypatch.setattr("api_client.listening.PROMPT_TIMEOUT_S", 0.1)
+        # Given a Redis that takes connections, and says nothing
+        with (
+            socket.create_server(("127.0.0.1", 0)) as silent,
+            ModerationClient(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", database_url) as client,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            # Then who waits is told soon, however long others would wait for it
+            moderated = pool.submit(client.moderate, "hello", timeout_s=0.1)
+            waited = pool.submit(client.wait, ["a"], timeout_s=0.1)
+            assert isinstance(moderated.exception(60), BrokerUnavailable)
+            assert isinstance(waited.exception(60), WaitTimeout)
 
     def test_a_database_that_cannot_be_asked_is_named(self, redis_url: str, empty_sqlite_url: str) -> None:
         with ModerationClient(redis_url, empty_sqlite_url) as client, pytest.raises(DatabaseProblem, match="no tables"):
