@@ -35,6 +35,8 @@ QUEUE_AGE_S = 60.0
 FULL_SHARE = 0.9
 LOW_BYTES, LEAST_BYTES = 2 << 30, 200 << 20
 """Free on a disk: below the first it will soon be full, below the second it is as good as full."""
+CONTAINER_SECRETS = Path("/run/secrets")
+"""Where Docker, Podman and Kubernetes mount them."""
 NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "lustre", "afs", "fuse.sshfs", "fuse.s3fs")
 
 Level = Literal["ok", "warning", "problem", "unknown"]
@@ -214,8 +216,8 @@ def check_database(settings: Settings) -> Iterator[Finding]:
     """Whether the database answers, has this release's tables, and takes writes."""
     from sqlalchemy.exc import DBAPIError
 
-    from db.migrate import SchemaMismatch, require_current
-    from db.session import open_database, reading, without_rows
+    from db.migrate import require_current
+    from db.session import DatabaseProblem, open_database, reading, without_rows
 
     url = without_password(settings.database_url)
     if file := _sqlite_file(settings):
@@ -235,8 +237,8 @@ def check_database(settings: Settings) -> Iterator[Finding]:
         if not file:
             with reading(engine) as connection:
                 yield from _check_role(connection)
-    except SchemaMismatch as mismatch:
-        yield Finding("database", "problem", str(mismatch))
+    except DatabaseProblem as problem:
+        yield Finding("database", "problem", str(problem))
     except DBAPIError as error:
         advice = "start it, or set MODERATO_DATABASE_URL (or …_FILE) with the right host, user and password"
         yield Finding("database", "problem", f"{url} cannot be used: {_first_line(without_rows(error))}", advice)
@@ -470,7 +472,9 @@ def check_disks(settings: Settings) -> Iterator[Finding]:
 def check_permissions(settings: Settings) -> Iterator[Finding]:
     """Who else on this machine may read secrets and comments."""
     private: dict[Path, tuple[Level, str]] = {
-        path: ("warning", f"which {variable} names") for variable, path in secret_files(os.environ).items()
+        path: ("warning", f"which {variable} names")
+        for variable, path in secret_files(os.environ).items()
+        if not _is_a_containers(path)
     }
     if named := os.environ.get(CONFIG_FILE_VARIABLE):
         config = ROOT / named
@@ -488,6 +492,12 @@ def check_permissions(settings: Settings) -> Iterator[Finding]:
     if var.exists() and not os.access(var, os.W_OK | os.X_OK):
         said = f"{var} cannot be written to by this user: a worker then measures batch sizes anew at each start"
         yield Finding("permissions", "warning", said, f"chown {var} to the user that workers run as")
+
+
+def _is_a_containers(secret: Path) -> bool:
+    """Whether it was mounted into a container, where there is no other user, and the mode is not its to choose."""
+    below = (path for path in (secret, *secret.parents) if path.is_relative_to(CONTAINER_SECRETS))
+    return any(os.path.ismount(path) for path in below)
 
 
 # --- Words -------------------------------------------------------------------------------------------------------

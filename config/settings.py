@@ -489,6 +489,8 @@ def secret_files(environment: Mapping[str, str]) -> dict[str, Path]:
             continue
         if (value := variable.removesuffix(SECRET_SUFFIX)) in environment:
             raise SettingsError(f"{value} and {variable} are both set in the environment; unset one of them")
+        if not path:
+            raise SettingsError(f"{variable} is set in the environment and names no file; name one, or unset it")
         found[variable] = _from_root(Path(path))
     return found
 

@@ -14,6 +14,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 BUSY_TIMEOUT_S = 30
 """How long a SQLite writer waits for another one."""
 POSTGRESQL_CONNECTION = {
+    # Else that of the database: from one in SQL_ASCII the driver gives bytes, at which SQLAlchemy breaks.
+    "client_encoding": "utf8",
     "connect_timeout": 10,
     # A server that has vanished behind a dead line is given up within half a minute, not after the system's two hours
     # (waiting for an answer) or quarter of one (sending). One that only stands still acknowledges, and is waited for.
@@ -37,6 +39,8 @@ def open_database(url: str) -> Engine:
         url: `sqlite:////path/to/file.db`, whose folder is created, or `postgresql+psycopg://user@host/name`.
             `?prepare_threshold=none` is for a pooler that may give every transaction another connection: it would not
             know what was prepared on the last.
+
+    A connection raises DatabaseProblem where a PostgreSQL database has another encoding than UTF-8.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -46,7 +50,19 @@ def open_database(url: str) -> Engine:
         connection[PREPARE_THRESHOLD] = None if threshold == "none" else int(str(threshold))
         parsed = parsed.difference_update_query([PREPARE_THRESHOLD])
     # Parameters stay out of errors, and so out of logs: they are what people wrote.
-    return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=connection)
+    engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=connection)
+
+    @event.listens_for(engine, "connect")
+    def require_unicode(driver_connection: Any, _record: Any) -> None:
+        encoding = driver_connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            database = engine.url.render_as_string(hide_password=True)
+            raise DatabaseProblem(
+                f"the database {database} keeps text as {encoding}, which does not hold what people write: make it "
+                "anew by CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            )
+
+    return engine
 
 
 @contextmanager

@@ -57,10 +57,14 @@ def postgres_server() -> Iterator[URL]:
 
 
 @contextmanager
-def new_database(server: URL) -> Iterator[str]:
-    """The URL of a new, empty database on the server, which is dropped afterwards."""
+def new_database(server: URL, options: str = "") -> Iterator[str]:
+    """The URL of a new, empty database on the server, which is dropped afterwards.
+
+    Args:
+        options: of CREATE DATABASE.
+    """
     name = f"moderato_test_{uuid.uuid4().hex}"
-    _administer(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE template0 {options}")
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:

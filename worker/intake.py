@@ -41,7 +41,7 @@ from config.names import (
 from config.settings import settings, without_password
 from db.migrate import require_current
 from db.outage import Outage
-from db.session import DatabaseProblem, is_outage, open_database
+from db.session import DatabaseProblem, is_outage, open_database, without_rows
 from model.policy import PolicyError
 from model.version import VersionError
 from worker import clock
@@ -201,7 +201,8 @@ class Intake(bootsteps.StartStopStep):
                 logger.critical("cannot start: %s", error)
                 raise SystemExit(1) from None
             except (DBAPIError, OSError) as error:
-                trouble = f"the database {without_password(settings().database_url)} cannot be used: {error}"
+                said = without_rows(error) if isinstance(error, DBAPIError) else error
+                trouble = f"the database {without_password(settings().database_url)} cannot be used: {said}"
                 if not is_outage(error) or time.monotonic() > deadline:
                     logger.critical("cannot start: %s", trouble)
                     raise SystemExit(1) from None

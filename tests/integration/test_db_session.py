@@ -5,13 +5,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, delete, insert, make_url, select, text, update
+from sqlalchemy import URL, Engine, delete, insert, make_url, select, text, update
 from sqlalchemy.exc import ProgrammingError
 
 from db import session
-from db.session import is_outage, open_database, reading, writing
+from db.migrate import upgrade
+from db.session import DatabaseProblem, is_outage, open_database, reading, writing
 from db.tables import DeadLetter, Policy, Review
 from tests.integration.rows import NOON
+from tests.services import new_database
 
 A_POLICY = {"policy_version": "a", "text": "", "first_used_at": NOON}
 
@@ -207,6 +209,14 @@ class TestOutagesOfBoth:
 
     def test_what_is_not_the_databases_is_no_outage(self) -> None:
         assert not is_outage(ValueError("no"))
+
+
+def test_a_database_that_is_not_in_unicode_is_refused(_postgres: URL) -> None:
+    with (
+        new_database(_postgres, "ENCODING 'SQL_ASCII' LOCALE 'C'") as url,
+        pytest.raises(DatabaseProblem, match=r"keeps text as SQL_ASCII, .* ENCODING 'UTF8' TEMPLATE template0"),
+    ):
+        upgrade(url)
 
 
 class TestPooler:

@@ -15,6 +15,7 @@ from redis import Redis
 from sqlalchemy import text
 
 from bench.tiny import copy_version
+from cli import checks
 from cli.checks import (
     Check,
     Finding,
@@ -167,6 +168,11 @@ def test_files_that_everybody_may_read(
     levels = found(check_permissions, settings)
     assert f"{config}, which holds a password → chmod o-rwx {config}" in levels["problem"]
     assert f"{secret}, which MODERATO_BROKER_URL_FILE names" in levels["warning"]
+    # But in a container, to which the secret was mounted, there is nobody else
+    monkeypatch.setattr(checks, "CONTAINER_SECRETS", tmp_path)
+    assert "warning" in found(check_permissions, settings)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == secret)
+    assert "warning" not in found(check_permissions, settings)
     # And where there is no password in it, that is nobody's business
     config.write_text("log_format: json\n")
     assert "problem" not in found(check_permissions, settings)

@@ -1,11 +1,15 @@
 """The outbox of webhooks on real databases: filled once, claimed by one, kept until it is delivered or given up."""
 
+import threading
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
+from api_client.listening import Nudges
+from api_client.webhooks import deliver
+from config.settings import load_settings
 from db import feed, webhooks
 from db.durable import database_time
 from db.queries import record_decisions
@@ -153,3 +157,28 @@ def test_what_was_given_up_is_dead_until_it_is_retried_or_old(outbox: Engine) ->
         assert webhooks.purge(connection, finished_before=now) == 0
         assert webhooks.purge(connection, finished_before=now + LEASE) == 3
         assert webhooks.backlogs(connection)["news"].pending == 2
+
+
+def test_to_end_when_told_to_is_no_failure(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+
+    def told_to_while_it_waits(*_: Any) -> bool:
+        stop.set()
+        for thread in threading.enumerate():
+            if thread.name == "webhook-news":
+                thread.join()
+        return False
+
+    # Given endpoints whose threads have ended by the time that they are looked after
+    monkeypatch.setattr(Nudges, "wait", told_to_while_it_waits)
+    endpoint = "MODERATO_WEBHOOKS__ENDPOINTS__NEWS__"
+    settings = load_settings(
+        {
+            "MODERATO_DATABASE_URL": database_url,
+            f"{endpoint}URL": "https://news.example",
+            f"{endpoint}MIN_ACTION": "hide",
+            f"{endpoint}SECRET": "whsec_" + "bmV3cyBzZWNyZXQgbmV3cyBzZWNyZXQgbmV3cyBzZWM=",
+        }
+    )
+    # Then that is what was asked for, and nothing broke
+    deliver(settings, stop)

@@ -313,6 +313,10 @@ class TestSecretFiles:
         environment = {"MODERATO_BROKER_URL": "redis://a", "MODERATO_BROKER_URL_FILE": str(secret)}
         assert "MODERATO_BROKER_URL and MODERATO_BROKER_URL_FILE are both set" in complaint(environment)
 
+    def test_a_variable_that_names_no_file_is_refused(self) -> None:
+        said = complaint({"MODERATO_BROKER_URL_FILE": ""})
+        assert said.startswith("MODERATO_BROKER_URL_FILE is set in the environment and names no file")
+
     @pytest.mark.parametrize("variable", ["MODERATO_BROKER_URL_FILE", "MODERATO_BROKERS_FILE", "MODERATO_X__Y_FILE"])
     def test_what_it_holds_is_told_to_nobody(self, secret: Path, variable: str) -> None:
         secret.write_text("a-password-alone\n")
