@@ -85,4 +85,4 @@ def _migrate(revision: str | None) -> None:
             migrate.downgrade(url, revision)
     except (CommandError, DBAPIError) as error:
         raise Problem(f"the database {shown_url} was not changed: {getattr(error, 'orig', error)}") from None
-    say(f"{shown_url} is at {revision or 'this release'}")
+    say(f"{shown_url} {f'is at {revision}' if revision else 'has the tables that this release needs'}")

@@ -29,7 +29,19 @@ class SchemaMismatch(DatabaseProblem):
 
 
 def upgrade(url: str) -> None:
-    """Bring the database to this release's schema, whatever it is at; a second caller waits and finds it done."""
+    """Bring the database to this release's schema, whatever it is at; a second caller waits and finds it done.
+
+    Tables of a later release that this one may run on are left as they are: so it is when a release is taken back.
+
+    Raises:
+        SchemaMismatch: they are of a later release, and this one may not run on them.
+    """
+    engine = open_database(url)
+    try:
+        if _fits_later(engine, _revision(engine)):
+            return
+    finally:
+        engine.dispose()
     _migrate(url, lambda config: command.upgrade(config, "head"))
 
 
@@ -44,24 +56,38 @@ def require_current(engine: Engine) -> None:
     Raises:
         SchemaMismatch: it has not.
     """
-    scripts = ScriptDirectory(str(MIGRATIONS))
-    needed = scripts.get_current_head()
-    with reading(engine) as connection:
-        found = MigrationContext.configure(connection).get_current_revision()
-    if found == needed:
+    needed = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+    found = _revision(engine)
+    if found == needed or _fits_later(engine, found):
         return
     database = engine.url.render_as_string(hide_password=True)
-    known = {script.revision for script in scripts.walk_revisions()}
-    if found is not None and found not in known:
-        if _oldest_compatible(engine) in known:
-            logger.warning("the database is at schema revision %s, of a later release; this one may run on it", found)
-            return
+    at = "has no tables yet" if found is None else f"is at schema revision {found}"
+    raise SchemaMismatch(f"the database {database} {at}, but this release needs {needed}: run `moderato db upgrade`")
+
+
+def _revision(engine: Engine) -> str | None:
+    """What the database is at; None where it has no tables."""
+    with reading(engine) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def _fits_later(engine: Engine, found: str | None) -> bool:
+    """Whether what the database is at comes of a later release, and this one may run on it.
+
+    Raises:
+        SchemaMismatch: it comes of a later release, and this one may not.
+    """
+    known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}
+    if found is None or found in known:
+        return False
+    if _oldest_compatible(engine) not in known:
+        database = engine.url.render_as_string(hide_password=True)
         raise SchemaMismatch(
             f"the database {database} is at schema revision {found}, which this release does not know and may not run "
             "on: run the release that upgraded it, or let that one run `moderato db downgrade`"
         )
-    at = "has no tables yet" if found is None else f"is at schema revision {found}"
-    raise SchemaMismatch(f"the database {database} {at}, but this release needs {needed}: run `moderato db upgrade`")
+    logger.warning("the database is at schema revision %s, of a later release; this one may run on it", found)
+    return True
 
 
 def _oldest_compatible(engine: Engine) -> str | None:
