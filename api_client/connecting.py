@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
+from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, settings, without_password
 from db.session import DatabaseProblem, open_database, reading, without_rows, writing
@@ -45,7 +46,7 @@ def transport_options(broker_options: Mapping[str, Any]) -> dict[str, Any]:
 def connect(settings: Settings) -> BrokerConnection:
     """A connection to the broker in the settings; it connects when it is first used."""
     return BrokerConnection(
-        settings.broker_url, transport_options=transport_options(settings.broker_options.model_dump())
+        settings.broker_url, transport_options=transport_options(settings.broker_options.for_celery())
     )
 
 
@@ -75,7 +76,7 @@ class Connections:
             SettingsError: they cannot be read.
         """
         if broker_options is None:
-            broker_options = {} if broker_url else settings().broker_options.model_dump()
+            broker_options = {} if broker_url else settings().broker_options.for_celery()
         self._broker_url = broker_url or settings().broker_url
         self._database_url = database_url or settings().database_url
         self._settings = settings().client
@@ -128,7 +129,9 @@ class Connections:
             except BROKER_ERRORS as error:
                 if pause_s is None:
                     url = without_password(self._broker_url)
-                    raise BrokerUnavailable(f"the broker {url} cannot be used: {error}; {consequence}") from error
+                    raise BrokerUnavailable(
+                        f"the broker {url} cannot be used: {briefly(error)}; {consequence}"
+                    ) from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from config.logs import briefly
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, RETRAIN_QUEUE, STARTER_VERSION, SUBMITTED_AT_HEADER
 from config.settings import CONFIG_FILE_VARIABLE, ROOT, Settings, secret_files, without_password
 
@@ -89,6 +90,10 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
     except _broker_errors() as error:
         if settings.broker_url.startswith("redis+socket:"):
             advice = "`moderato up` starts the embedded Redis; for one of yours set MODERATO_BROKER_URL=redis://…"
+        elif "auth:" in str(error):  # of a Sentinel, none of which named a master
+            advice = (
+                "the Sentinels have a password of their own: set MODERATO_BROKER_OPTIONS__SENTINEL_PASSWORD (or …_FILE)"
+            )
         else:
             advice = "start it, or set MODERATO_BROKER_URL; is its port open to this host?"
         yield Finding("broker", "problem", f"{url} does not answer: {_first_line(error)}", advice)
@@ -188,7 +193,7 @@ def _redis(settings: Settings) -> Iterator[Any]:
         "socket_timeout": ANSWER_S,
         "max_retries": 1,
         "interval_start": 0.1,
-        **settings.broker_options.model_dump(),
+        **settings.broker_options.for_celery(),
     }
     with Connection(settings.broker_url, transport_options=options) as broker:
         try:
@@ -319,7 +324,7 @@ def _file_system(path: Path) -> str:
 def _client(settings: Settings) -> "ModerationClient":
     from api_client.client import ModerationClient
 
-    return ModerationClient(settings.broker_url, settings.database_url, settings.broker_options.model_dump())
+    return ModerationClient(settings.broker_url, settings.database_url, settings.broker_options.for_celery())
 
 
 @contextmanager
@@ -521,7 +526,8 @@ def _bytes(number: float) -> str:
 
 
 def _first_line(error: object) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    said = briefly(error) if isinstance(error, Exception) else str(error)
+    return next(iter(said.splitlines()), "") or type(error).__name__
 
 
 CHECKS: dict[str, tuple[Check, float]] = {

@@ -5,6 +5,7 @@ What a line is about stands in fields of its own, given by `extra`: `submission_
 """
 
 import logging
+import re
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -14,6 +15,21 @@ LogFormat = Literal["text", "json"]
 
 TEXT_FORMAT = "[%(asctime)s: %(levelname)s] %(message)s"
 FIELDS = {"levelname": "level", "name": "logger"}
+
+
+_SENTINEL = re.compile(r"<redis\.client\.Redis\(.*?\bhost=([^,]*),port=(\d+),.*?\)>\)>\)>")
+
+
+def briefly(error: Exception) -> str:
+    """What an error says; redis-py's page about the connection to each Sentinel is its host and port here."""
+    return _SENTINEL.sub(r"\1:\2", str(error))
+
+
+class _Briefly(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(briefly(each) if isinstance(each, Exception) else each for each in record.args)
+        return True
 
 
 class JsonLines(JsonFormatter):
@@ -40,6 +56,8 @@ def follow_celery(log_format: LogFormat) -> None:
     def use(logger: logging.Logger, **_: Any) -> None:
         use_format(log_format, logger)
 
+    # What is said when no connection can be had.
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_Briefly())
     for signal in (after_setup_logger, after_setup_task_logger):
         signal.connect(use, weak=False)
 

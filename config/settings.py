@@ -52,6 +52,8 @@ MAX_FILE_BYTES = 1_048_576
 DEFAULT_FILE = ROOT / "config" / "default.yaml"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
 BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+SENTINEL_TIMEOUT_S = 3
+"""For a Sentinel to answer, after which the next is asked."""
 HUB_PREFIX = "hub:"
 """Of a source of training rows that is a dataset of the Hugging Face hub, not a path."""
 DATABASE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg")
@@ -126,10 +128,20 @@ class Section(BaseModel):
 
 
 class BrokerOptions(Section):
-    """See config/default.yaml. `model_dump` gives some of Celery's `broker_transport_options`."""
+    """See config/default.yaml."""
 
     global_keyprefix: str
     master_name: str = Field(min_length=1)
+    sentinel_password: SecretStr
+
+    def for_celery(self) -> dict[str, Any]:
+        """The same as some of Celery's `broker_transport_options`, which hold the password as it is."""
+        options: dict[str, Any] = {"global_keyprefix": self.global_keyprefix, "master_name": self.master_name}
+        if password := self.sentinel_password.get_secret_value():
+            # Whoever gives one option of these connections gives all: they lose the timeouts that Redis' have.
+            timeouts = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), SENTINEL_TIMEOUT_S)
+            options["sentinel_kwargs"] = {"password": password, **timeouts}
+        return options
 
 
 class ClientSettings(Section):
@@ -547,7 +559,7 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> s
             lines.append(f"setting {key} is missing in {where}")  # what stands beside it may be a secret
         else:
             # A URL that could not be parsed may still hold a password, and whatever a secret file holds is one.
-            is_secret = path[-1] == "secret" or where.startswith(SECRET_ORIGIN)
+            is_secret = path[-1] in ("secret", "sentinel_password") or where.startswith(SECRET_ORIGIN)
             value = "***" if is_secret else without_password(repr(problem["input"]))
             lines.append(f"setting {key} = {value} in {where} is wrong: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)

@@ -57,7 +57,7 @@ app.conf.update(
         "unacked_key": TRAINER_UNACKED_KEY,
         "unacked_index_key": f"{TRAINER_UNACKED_KEY}_index",
         "unacked_mutex_key": f"{TRAINER_UNACKED_KEY}_mutex",
-        **_settings.broker_options.model_dump(),
+        **_settings.broker_options.for_celery(),
     },
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,

@@ -30,7 +30,7 @@ app.conf.update(
     broker_url=_settings.broker_url,
     broker_transport_options={
         **transport.transport_options(_settings.worker.visibility_timeout_s),
-        **_settings.broker_options.model_dump(),
+        **_settings.broker_options.for_celery(),
     },
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,

@@ -18,10 +18,13 @@ from redis.exceptions import RedisError
 
 from api_client.embedded import redis_server_executable
 from api_client.listening import AnswerLine
+from cli.checks import check_broker
 from config.names import ANSWER_CHANNEL, MODERATE_QUEUE
+from config.settings import load_settings
 from tests.integration.test_transport import HubConsumer, ids, send
 from tests.services import free_port, wait_until
 
+SENTINEL_PASSWORD = "watch-word"
 POSTGRESQL_SSL_REQUEST = bytes.fromhex("0000000804d2162f")
 """https://www.postgresql.org/docs/current/protocol-message-formats.html"""
 
@@ -118,17 +121,17 @@ class Servers:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.sentinel = free_port()
 
     def start(self) -> None:
         directory = self._directory
         master = self._start("master", "--appendonly", "no")
         self._start("replica", "--replicaof", "127.0.0.1", str(master))
         self.master = master
-        self.sentinel = free_port()
         configuration = directory / "sentinel.conf"
         configuration.write_text(
             f"port {self.sentinel}\nbind 127.0.0.1\ndir {directory}\n"
-            f"sentinel monitor mymaster 127.0.0.1 {master} 1\n"
+            f"requirepass {SENTINEL_PASSWORD}\nsentinel monitor mymaster 127.0.0.1 {master} 1\n"
             "sentinel down-after-milliseconds mymaster 500\nsentinel failover-timeout mymaster 3000\n"
         )
         self._run(self.sentinel, str(configuration), "--sentinel")
@@ -155,7 +158,7 @@ class Servers:
         wait_until(answers, what="a Redis server")
 
     def client(self, port: int) -> Redis:
-        return Redis(port=port)
+        return Redis(port=port, password=SENTINEL_PASSWORD if port == self.sentinel else None)
 
     def wait_for_replica(self) -> None:
         """Until Sentinel knows the replica, and the replica holds all that the master does."""
@@ -201,8 +204,16 @@ def servers(tmp_path: Path) -> Iterator[Servers]:
 def test_sentinels_new_master_hands_out_what_the_old_one_held(servers: Servers) -> None:
     # Given a consumer that waits at the master that Sentinel names
     url = f"sentinel://127.0.0.1:{servers.sentinel}/0"
-    named = {"master_name": "mymaster"}
+    # And Sentinel asks for a password of its own
+    variable = {"MODERATO_BROKER_OPTIONS__SENTINEL_PASSWORD": SENTINEL_PASSWORD}
+    named = load_settings(variable).broker_options.for_celery()
     options: dict[str, Any] = {**named, "visibility_timeout": 1, "unacked_restore_interval": 0.5}
+    # (which whoever does not give is told, without a page about each connection)
+    [finding] = check_broker(load_settings({"MODERATO_BROKER_URL": url}))
+    assert finding.said.endswith(
+        f"No master found for 'mymaster' : 127.0.0.1:{servers.sentinel} - auth:AuthenticationError"
+    )
+    assert next(iter(variable)) in finding.advice
     consumer = HubConsumer(url, transport="SentinelTransport", **options)
     consumer.wait_for_an_hour()
     # When it holds a message, and the master dies
