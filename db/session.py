@@ -26,6 +26,8 @@ POSTGRESQL_CONNECTION = {
 }
 PREPARE_THRESHOLD = "prepare_threshold"
 """Of a PostgreSQL URL: executions after which a statement is prepared on its connection, or `none`."""
+PREPARED_ELSEWHERE = ("26000", "42P05")
+"""What PostgreSQL says of a prepared statement that is not on this connection, or is already."""
 
 
 class DatabaseProblem(Exception):
@@ -103,8 +105,10 @@ def is_outage(error: BaseException) -> bool:
 
 def without_rows(error: DBAPIError) -> str:
     """What the driver says, but for PostgreSQL's detail and context: those quote rows, and with them comments."""
-    said: str | None = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-    return said or str(error.orig)
+    said: str = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
+    if getattr(error.orig, "sqlstate", None) in PREPARED_ELSEWHERE:
+        said += "; behind PgBouncer in transaction mode end the database's URL in ?prepare_threshold=none"
+    return said
 
 
 def _open_sqlite(url: URL) -> Engine:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from db import session
 from db.migrate import upgrade
-from db.session import DatabaseProblem, is_outage, open_database, reading, writing
+from db.session import DatabaseProblem, is_outage, open_database, reading, without_rows, writing
 from db.tables import DeadLetter, Policy, Review
 from tests.integration.rows import NOON
 from tests.services import new_database
@@ -239,3 +239,5 @@ class TestPooler:
             connection.execute(text("EXECUTE prepared_elsewhere"))
         engine.dispose()
         assert is_outage(raised.value)
+        # And whoever reads of it learns what would help
+        assert "end the database's URL in ?prepare_threshold=none" in without_rows(raised.value)
