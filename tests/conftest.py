@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for: a real Redis, and real databases with and without our tables."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import settings
 from redis import Redis
 from sqlalchemy import URL, Engine, QueuePool
+from xdist.plugin import pytest_xdist_auto_num_workers as number_of_cores
 
 from api_client.embedded import EmbeddedRedis
 from db.migrate import upgrade
@@ -17,6 +19,11 @@ from tests.services import new_database, postgres_server, wait_until
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("moderato", deadline=None)
 settings.load_profile("moderato")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For `-n auto` one process more than cores: acceptance tests wait for much of their time."""
+    return int(number_of_cores(config)) + 1
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +50,22 @@ def _postgres() -> Iterator[URL]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def _postgres_with_tables(_postgres: URL) -> Iterator[str]:
+    """To be copied, which takes less than the migrations."""
+    with new_database(_postgres) as url:
+        upgrade(url)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _sqlite_with_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a file of SQLite's."""
+    file = tmp_path_factory.mktemp("with-tables") / "moderato.db"
+    upgrade(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
 def empty_postgres_url(_postgres: URL) -> Iterator[str]:
     """A PostgreSQL database without tables."""
@@ -57,30 +80,37 @@ def empty_sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def postgres_url(empty_postgres_url: str) -> str:
+def postgres_url(_postgres: URL, _postgres_with_tables: str) -> Iterator[str]:
     """A PostgreSQL database with our tables."""
-    upgrade(empty_postgres_url)
-    return empty_postgres_url
+    with new_database(_postgres, like=_postgres_with_tables) as url:
+        yield url
 
 
 @pytest.fixture
-def sqlite_url(empty_sqlite_url: str) -> str:
+def sqlite_url(empty_sqlite_url: str, _sqlite_with_tables: Path) -> str:
     """A SQLite database with our tables."""
-    upgrade(empty_sqlite_url)
+    file = Path(empty_sqlite_url.removeprefix("sqlite:///"))
+    file.parent.mkdir(mode=0o700)
+    shutil.copy(_sqlite_with_tables, file)
     return empty_sqlite_url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def empty_database_url(request: pytest.FixtureRequest) -> str:
-    """A database without tables: the test runs on SQLite and again on PostgreSQL."""
-    return str(request.getfixturevalue(f"empty_{request.param}_url"))
+def database_kind(request: pytest.FixtureRequest) -> str:
+    """Of the next two: the test runs on SQLite and again on PostgreSQL."""
+    return str(request.param)
 
 
 @pytest.fixture
-def database_url(empty_database_url: str) -> str:
-    """A database with our tables: the test runs on SQLite and again on PostgreSQL."""
-    upgrade(empty_database_url)
-    return empty_database_url
+def empty_database_url(request: pytest.FixtureRequest, database_kind: str) -> str:
+    """A database without tables."""
+    return str(request.getfixturevalue(f"empty_{database_kind}_url"))
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, database_kind: str) -> str:
+    """A database with our tables."""
+    return str(request.getfixturevalue(f"{database_kind}_url"))
 
 
 @pytest.fixture

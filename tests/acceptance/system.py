@@ -182,13 +182,13 @@ class System:
         variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in worker_settings.items()}
         return self._start(app, MODERATE_QUEUE, node, variables)
 
-    def start_trainer(self) -> CeleryProcess:
+    def start_trainer(self, app: str = "trainer") -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""
-        return self.begin_trainer().wait_until_ready()
+        return self.begin_trainer(app).wait_until_ready()
 
-    def begin_trainer(self) -> CeleryProcess:
+    def begin_trainer(self, app: str = "trainer") -> CeleryProcess:
         """The same, not waited for."""
-        return self._start("trainer", RETRAIN_QUEUE, "t1", QUICK_TRAINING)
+        return self._start(app, RETRAIN_QUEUE, "t1", QUICK_TRAINING)
 
     def _start(self, app: str, queue: str, node: str, environment: Mapping[str, str]) -> CeleryProcess:
         log = self._directory / f"{app}-{len(self._processes)}.log"

@@ -20,7 +20,7 @@ from tests.acceptance.system import System
 from worker.envelope import MAX_MESSAGE_BYTES
 from worker.message import MAX_PAYLOAD_BYTES
 
-pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 SECRET = "zanzibar"
 """Stands in every text, and must stand in no log."""

@@ -6,7 +6,7 @@ from api_client.client import ModerationClient
 from tests.acceptance.system import SMALL_STEPS, System
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_redis_that_loses_everything_only_delays(system: System, postgres_url: str, texts: list[str]) -> None:
     # Given a worker in the middle of durable submissions, some of which never reached Redis
     ids: list[str] = []

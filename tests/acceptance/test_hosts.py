@@ -41,7 +41,7 @@ def wait_for_another_decision(system: System, version: str) -> None:
     wait_until(lambda: decided() > before, TIMEOUT_S, f"a decision by {version}")
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     system: System, tiny_version: Path, texts: list[str], tmp_path: Path
 ) -> None:

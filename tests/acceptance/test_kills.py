@@ -29,7 +29,7 @@ def test_killed_workers_lose_nothing(system: System, texts: list[str]) -> None:
     assert system.client.dead_letters() == []
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_a_stopped_worker_finishes_what_it_holds_and_leaves_the_rest(system: System, texts: list[str]) -> None:
     # Given a worker in the middle of a queue
     ids = [system.client.submit(text) for text in texts]

@@ -33,7 +33,7 @@ from tests.integration.rows import prepare, scored
 from tests.queries import queries, unanswerable
 from tests.services import free_port, wait_until
 
-pytestmark = pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+pytestmark = pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 
 ENOUGH = 500
 """Decisions on each day for the drift between them to be measured."""

@@ -293,7 +293,7 @@ def test_decisions_wait_for_postgresql(
             assert "Traceback" not in broken.new_log()
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_worker_that_starts_waits_for_its_database(system: System, database_url: str, texts: list[str]) -> None:
     ids = [*system.client.submit_many(texts[:50])]
     # When workers are started while the database lets nobody in

@@ -15,7 +15,7 @@ from worker.transport import SUSPECT_RETURNS
 
 POISON = "zanzibar"
 
-pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 
 def test_a_comment_that_kills_its_workers_is_set_aside(system: System, texts: list[str], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def wait_until_both(system: System, text: str, refused: bool = False) -> None:
     wait_until(lambda: deciding(system) == wanted, TIMEOUT_S, f"both workers on {text}")
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_policy_takes_over_in_the_middle_of_a_stream(system: System, texts: list[str]) -> None:
     # Given a worker that only hears of activations, one that looks every second, and comments that keep coming
     for process in [

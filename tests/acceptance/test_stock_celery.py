@@ -18,7 +18,7 @@ from config.settings import ROOT
 from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, CeleryProcess, System
 from tests.services import free_port, wait_until
 
-pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 
 def celery(system: System, *arguments: str) -> str:

@@ -21,7 +21,7 @@ from tests.services import wait_until
 
 ACTIVATIONS = int(os.environ.get("SWAPS", "25"))
 SEED = int(os.environ.get("SEED", "20261122"))
-KILL_EVERY = 8
+KILL_EVERY = 9
 SOUND = ["v1", "sound-1", "sound-2"]
 
 # The engine that reads the weights: that of a CPU reads the int8 file in their place.
@@ -105,7 +105,7 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
 """What is done to a registered version, and what a worker then says of it."""
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_versions_of_every_kind_are_activated_under_fire(system: System, tiny_version: Path, texts: list[str]) -> None:
     # Given sound and unsound versions, two workers, and comments that keep coming
     print(f"SEED={SEED} SWAPS={ACTIVATIONS}")

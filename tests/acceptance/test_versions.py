@@ -54,7 +54,7 @@ def wait_for_decision_by(system: System, version: str) -> None:
     )
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System, texts: list[str]) -> None:
     # Given a worker, a trainer, and comments that keep coming
     worker = system.start_worker()
@@ -103,7 +103,7 @@ def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System
     system.wait_until_nothing_is_left()
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
     system: System, tiny_version: Path, texts: list[str]
 ) -> None:

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from redis import Redis
 from sqlalchemy import Connection, Engine, text
+from typer.testing import Result
 
 from api_client.client import ModerationClient
 from config.names import MODERATE_QUEUE, Reason
@@ -18,8 +20,9 @@ from db import dead_letters, queries
 from db.dead_letters import DeadLetterRow
 from db.durable import record_pending
 from db.session import open_database, reading, writing
+from tests.commands import run_here
 from tests.integration.rows import decide, letter, minutes, pending, prepare, scored
-from tests.integration.test_cli import Moderato, json_lines
+from tests.integration.test_cli import json_lines
 
 
 @pytest.fixture
@@ -198,10 +201,10 @@ def test_purge_takes_what_fits_all_that_is_given(database_url: str, client: Mode
 
 class TestCommands:
     @pytest.fixture
-    def moderato(self, redis_url: str, sqlite_url: str) -> Moderato:
-        return Moderato(MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=sqlite_url)
+    def moderato(self, redis_url: str, sqlite_url: str) -> Callable[..., Result]:
+        return partial(run_here, {"MODERATO_BROKER_URL": redis_url, "MODERATO_DATABASE_URL": sqlite_url})
 
-    def test_list_show_retry_and_purge(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
+    def test_list_show_retry_and_purge(self, moderato: Callable[..., Result], sqlite_url: str) -> None:
         # Given a comment that would steer the terminal, and one that is wrong for ever
         decide(
             sqlite_url,
@@ -240,7 +243,9 @@ class TestCommands:
         assert "for good: 2" in asked.stderr
         assert "deleted: 2" in moderato("dead-letters", "purge", "--older-than-days", "0", "--yes").stderr
 
-    def test_a_retried_comment_is_printed(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
+    def test_a_retried_comment_is_printed(
+        self, moderato: Callable[..., Result], redis_url: str, sqlite_url: str
+    ) -> None:
         decide(sqlite_url, letters=[holding("m:0", {"text": "fine"})])
         done = moderato("dead-letters", "retry", "m:0")
         assert done.stdout == "m:0\n"

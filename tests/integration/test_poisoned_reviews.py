@@ -23,7 +23,7 @@ from trainer.agreement import compare_reviewers
 from trainer.dataset import Dataset, read_csv
 from trainer.retraining import carry_out
 
-pytestmark = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 HONEST_RUN, POISONED_RUN = (f"6f1e2d3c-0000-4000-8000-00000000000{n}" for n in range(2))
 

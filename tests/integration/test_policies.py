@@ -82,7 +82,7 @@ def test_the_newest_activation_is_the_truth(engine: Engine) -> None:
         assert before.policy_version == version("two")
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_activations_at_the_same_time_are_numbered_as_they_commit(engine: Engine) -> None:
     waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
     with ThreadPoolExecutor(1) as pool:

@@ -250,7 +250,7 @@ def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.Monke
     assert set(untouched) == {f"day {n}" for n in range(6, 10)} | {"dead 9", "waits"}
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_a_step_reads_its_own_rows_only(engine: Engine) -> None:
     # Given retention that has come some way
     with writing(engine) as connection:

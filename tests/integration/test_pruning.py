@@ -72,7 +72,7 @@ def answer(done: Result) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_what_anything_needs_stays(
     moderato: Callable[..., Result],
     client: ModerationClient,
@@ -134,7 +134,7 @@ def test_what_anything_needs_stays(
     assert active.version == "active"
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_where_no_worker_can_be_asked_nothing_goes(
     moderato: Callable[..., Result],
     publish: Callable[[str], None],
@@ -151,7 +151,7 @@ def test_where_no_worker_can_be_asked_nothing_goes(
     assert on_disk(versions_dir) == {"v1"}
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_an_activation_waits_until_the_choice_is_carried_out(
     client: ModerationClient, publish: Callable[[str], None], versions_dir: Path
 ) -> None:

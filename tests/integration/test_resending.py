@@ -171,7 +171,7 @@ def test_two_at_once_send_once(engine: Engine, app: Celery, redis: Redis) -> Non
     assert sorted(ids(redis), key=int) == [f"{n}" for n in range(300)]
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_what_cannot_be_done_is_said_once_and_tried_again(
     engine: Engine, make_app: Callable[..., Celery], redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -311,7 +311,7 @@ class TestInThePipeline:
         assert "version tiny-1 could not score it" in letter.detail
         assert moderator.pipeline.stats()["waiting"] == {"prepare": 0, "score": 0, "record": 0}
 
-    @pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
     def test_a_candidate_whose_engine_dies_costs_nothing_and_is_freed(
         self, scorer: Scorer, candidate: Scorer, database: Engine
     ) -> None:
@@ -338,7 +338,7 @@ class TestInThePipeline:
 
         wait_until(gone, what="the candidate's engine being freed")
 
-    @pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
     def test_a_shadow_scores_what_others_decide_and_comes_last(
         self, scorer: Scorer, candidate: Scorer, database: Engine
     ) -> None:
@@ -368,7 +368,7 @@ class TestInThePipeline:
         assert [getattr(row, label) for label in LABELS] == pytest.approx([0.99] * 6)
         assert row.action == POLICY.decide("default", [0.99] * 6).action
 
-    @pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
     def test_a_shadow_says_nothing_of_what_another_policy_decided(
         self, scorer: Scorer, candidate: Scorer, database: Engine
     ) -> None:

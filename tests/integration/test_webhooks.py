@@ -114,7 +114,7 @@ def test_a_claim_is_nobody_elses_until_its_lease_has_run_out(outbox: Engine) -> 
     assert second.submission_id not in ids(claim(outbox, later=4 * LEASE))
 
 
-@pytest.mark.parametrize("empty_database_url", ["postgres"], indirect=True)  # SQLite has one writer at a time
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)  # SQLite has one writer at a time
 def test_processes_side_by_side_do_not_wait_for_each_other(outbox: Engine) -> None:
     now = now_of(outbox)
     filled: dict[str, Any] = {"settled": 10, "actions": ["hide"], "communities": [], "now": now}

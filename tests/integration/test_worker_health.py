@@ -49,7 +49,7 @@ def app(make_app: Callable[..., Celery], redis_url: str) -> Celery:
     return make_app(redis_url)
 
 
-@pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 class TestEngine:
     def test_a_forward_pass_is_made_and_must_succeed(
         self, scorer: Scorer, health_of: Callable[[Scorer], Health]
