@@ -16,7 +16,7 @@ from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
 from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, settings, without_password
-from db.session import DatabaseProblem, open_database, reading, without_rows, writing
+from db.session import DatabaseProblem, open_database, reading, sqlite_file, without_rows, writing
 
 CONNECT_TIMEOUT_S = 3
 SOCKET_TIMEOUT_S = 15
@@ -148,6 +148,8 @@ class Connections:
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Turn what the driver says into what happened: most often a database without, or with older, tables."""
+        if (file := sqlite_file(self._database_url)) and not file.exists():
+            raise DatabaseProblem(f"there is no database {file}: run `moderato db upgrade`")  # asking would make it
         try:
             yield
         except DBAPIError as error:

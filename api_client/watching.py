@@ -28,7 +28,7 @@ class Activity:
 
     problems: list[str] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
-    """Node names of those that answer."""
+    """Node names of those that answer; one of two processes stands twice."""
     trainers: list[str] = field(default_factory=list)
     queue_depths: dict[str, int] = field(default_factory=dict)
     """Messages that wait for a worker, by queue."""
@@ -120,17 +120,19 @@ class Watcher(Connections):
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(self._ask, WORKER_CONTROL_EXCHANGE, PIPELINE_STATS)
             nodes = self._ping_all()
-        stats = {node: PipelineStats.from_reply(answer) for node, answer in sorted(answers.result().items())}
-        return nodes, {node: told for node, told in stats.items() if told is not None}
+        stats = {node: PipelineStats.from_reply(answer) for node, answer in answers.result()}
+        return nodes, {node: told for node, told in sorted(stats.items()) if told is not None}
 
     def _ping_all(self) -> tuple[list[str], list[str]]:
         with ThreadPoolExecutor(2) as pool:
             exchanges = (WORKER_CONTROL_EXCHANGE, TRAINER_CONTROL_EXCHANGE)
-            workers, trainers = pool.map(lambda exchange: sorted(self._ask(exchange, "ping")), exchanges)
+            workers, trainers = pool.map(
+                lambda exchange: sorted(node for node, _ in self._ask(exchange, "ping")), exchanges
+            )
         return workers, trainers
 
-    def _ask(self, exchange: str, command: str) -> dict[str, Any]:
-        """What each node on this exchange answers to a remote-control command, by node name."""
+    def _ask(self, exchange: str, command: str) -> list[tuple[str, Any]]:
+        """Node names, and what each node on this exchange answers to a remote-control command."""
         with self._asking_connections.acquire(block=True) as broker:
             replies = mailbox(exchange, broker).multi_call(command, timeout=ANSWER_TIMEOUT_S)
-        return {node: answer for reply in replies for node, answer in reply.items()}
+        return [answer for reply in replies for answer in reply.items()]

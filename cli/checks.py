@@ -222,10 +222,10 @@ def check_database(settings: Settings) -> Iterator[Finding]:
     from sqlalchemy.exc import DBAPIError
 
     from db.migrate import require_current
-    from db.session import DatabaseProblem, open_database, reading, without_rows
+    from db.session import DatabaseProblem, open_database, reading, sqlite_file, without_rows
 
     url = without_password(settings.database_url)
-    if file := _sqlite_file(settings):
+    if file := sqlite_file(settings.database_url):
         yield from (found := list(_check_sqlite(file)))
         if any(finding.level == "problem" for finding in found):
             return
@@ -300,13 +300,6 @@ def _check_role(connection: "Connection") -> Iterator[Finding]:
         yield Finding("database", "ok", "this role may write what a worker writes")
 
 
-def _sqlite_file(settings: Settings) -> Path | None:
-    from sqlalchemy.engine import make_url
-
-    url = make_url(settings.database_url)
-    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
-
-
 def _file_system(path: Path) -> str:
     """The kind of file system that a path is on, as Linux names it; empty where it cannot be told."""
     resolved, best, kind = str(path.resolve()), "", ""
@@ -327,21 +320,6 @@ def _client(settings: Settings) -> "ModerationClient":
     return ModerationClient(settings.broker_url, settings.database_url, settings.broker_options.for_celery())
 
 
-@contextmanager
-def _asking_database(settings: Settings) -> Iterator["ModerationClient"]:
-    """A client for what is read from the database.
-
-    Raises:
-        DatabaseProblem: it cannot be used, as the database's check says.
-    """
-    from db.session import DatabaseProblem
-
-    if (file := _sqlite_file(settings)) and not file.exists():
-        raise DatabaseProblem(f"there is no {file}")  # asking would make it
-    with _client(settings) as client:
-        yield client
-
-
 def check_versions(settings: Settings) -> Iterator[Finding]:
     """Whether the active version's files are here, whole, and score as they should."""
     from db.session import DatabaseProblem
@@ -354,7 +332,7 @@ def check_versions(settings: Settings) -> Iterator[Finding]:
         yield Finding("versions", "problem", f"{directory} cannot be read by this user", f"chmod o+rx {directory}")
     version = STARTER_VERSION
     try:
-        with _asking_database(settings) as client:
+        with _client(settings) as client:
             if active := client.active():
                 version = active.version
                 yield from _refusals(client, active.activation_id)
@@ -380,29 +358,41 @@ def _refusals(client: "ModerationClient", activation_id: int) -> Iterator[Findin
 def check_policy(settings: Settings) -> Iterator[Finding]:
     """Whether the policy file, and the policy that is active, can be read."""
     from db.session import DatabaseProblem
-    from model.policy import PolicyError, parse_policy, read_policy
+    from model.policy import PolicyError, parse_policy
 
+    no_start = "mend it: a worker does not start with it"
     try:
-        policy = read_policy(settings.policy_file)
-        yield Finding("policy", "ok", f"{settings.policy_file} is sound ({policy.version[:12]}…)")
-    except PolicyError as error:
-        yield Finding("policy", "problem", str(error), "mend it: a worker does not start with it")
-    try:
-        with _asking_database(settings) as client:
+        with _client(settings) as client:
             active = client.active_policy()
             text = client.policy(active.policy_version)[1] if active else ""
-    except DatabaseProblem:
-        return  # said by the database's check
+    except DatabaseProblem:  # said by the database's check
+        yield _check_policy_file(settings, "problem", f"{no_start}, unless another is active in the database")
+        return
     if active is None:
+        yield _check_policy_file(settings, "problem", no_start)
         yield Finding("policy", "ok", "none is active in the database: each worker decides by its file")
         return
     shown = f"{active.policy_version[:12]}…"
     try:
         parse_policy(text)
-        yield Finding("policy", "ok", f"{shown} is active in the database")
     except PolicyError as error:
+        yield _check_policy_file(settings, "problem", no_start)
         advice = "another release activated it: upgrade this one, or `moderato policy rollback`"
         yield Finding("policy", "problem", f"the active policy {shown} cannot be read here: {error}", advice)
+    else:
+        yield _check_policy_file(settings, "warning", "mend it; it decides nothing while another policy is active")
+        yield Finding("policy", "ok", f"{shown} is active in the database")
+
+
+def _check_policy_file(settings: Settings, level: Level, advice: str) -> Finding:
+    """Of that level, with that advice, where it cannot be used."""
+    from model.policy import PolicyError, read_policy
+
+    try:
+        version = read_policy(settings.policy_file).version
+    except PolicyError as error:
+        return Finding("policy", level, str(error), advice)
+    return Finding("policy", "ok", f"{settings.policy_file} is sound ({version[:12]}…)")
 
 
 def check_gpu(settings: Settings) -> Iterator[Finding]:
@@ -440,6 +430,9 @@ def check_processes(settings: Settings) -> Iterator[Finding]:
         ("trainer", activity.trainers, f"celery -A trainer worker -Q {RETRAIN_QUEUE}"),
     )
     for part, nodes, command in parts:
+        if twice := sorted({node for node in nodes if nodes.count(node) > 1}):
+            said = f"more than one {part} answers as {', '.join(twice)}: whoever asks for one of them hears either"
+            yield Finding("processes", "warning", said, "give each a name of its own, such as -n second@%h")
         if nodes:
             yield Finding("processes", "ok", f"{part}: {', '.join(nodes)}")
             continue
@@ -453,8 +446,10 @@ def check_processes(settings: Settings) -> Iterator[Finding]:
 
 def check_disks(settings: Settings) -> Iterator[Finding]:
     """How much space is left where this host writes."""
+    from db.session import sqlite_file
+
     places = {"versions": settings.versions_dir, "var": ROOT / "var"}
-    if file := _sqlite_file(settings):
+    if file := sqlite_file(settings.database_url):
         places["database"] = file.parent
     seen: set[int] = set()
     for name, place in places.items():
@@ -476,6 +471,8 @@ def check_disks(settings: Settings) -> Iterator[Finding]:
 
 def check_permissions(settings: Settings) -> Iterator[Finding]:
     """Who else on this machine may read secrets and comments."""
+    from db.session import sqlite_file
+
     private: dict[Path, tuple[Level, str]] = {
         path: ("warning", f"which {variable} names")
         for variable, path in secret_files(os.environ).items()
@@ -486,7 +483,7 @@ def check_permissions(settings: Settings) -> Iterator[Finding]:
         text = config.read_text(encoding="utf-8")
         if any(without_password(url) != url for url in re.findall(r"[\w+]+://[^\s'\"]+", text)):
             private[config] = "problem", "which holds a password"
-    if (file := _sqlite_file(settings)) and file.exists():
+    if (file := sqlite_file(settings.database_url)) and file.exists():
         private[file] = "problem", "which holds the comments"
     open_to_all = {path: why for path, why in private.items() if path.stat().st_mode & stat.S_IROTH}
     for path, (level, why) in open_to_all.items():

@@ -147,8 +147,9 @@ def drift_lines(drift: "Drift") -> list[Text]:
         if psi is not None:
             lines.append(_line("" if lines else "drift", f"against {expected}: {_moved(psi)}"))
     if lines:
+        before = drift.action_shares_before
         shares = (
-            f"{action} {share:.1%} (the day before {drift.action_shares_before.get(action, 0):.1%})"
+            f"{action} {share:.1%}{f' (the day before {before.get(action, 0):.1%})' if before else ''}"
             for action, share in drift.action_shares.items()
         )
         lines.append(_line("", ", ".join(shares)))
@@ -193,9 +194,10 @@ def _watched_lines(activity: "Activity", rates: "Mapping[str, PipelineRates]") -
 
 
 def _node_lines(activity: "Activity") -> list[Text]:
+    nobody = "none answers" if activity.queue_depths else "could not be asked"
     lines = [
-        _line("workers", ", ".join(activity.workers) or "none answers"),
-        _line("trainers", ", ".join(activity.trainers) or "none answers"),
+        _line("workers", ", ".join(activity.workers) or nobody),
+        _line("trainers", ", ".join(activity.trainers) or nobody),
     ]
     if activity.queue_depths:
         depths = ", ".join(f"{queue} {messages:,}" for queue, messages in activity.queue_depths.items())

@@ -38,9 +38,9 @@ def open_database(url: str) -> Engine:
     """An engine for one process: made after a fork, never carried across one. Connects only when first used.
 
     Args:
-        url: `sqlite:////path/to/file.db`, whose folder is created, or `postgresql+psycopg://user@host/name`.
-            `?prepare_threshold=none` is for a pooler that may give every transaction another connection: it would not
-            know what was prepared on the last.
+        url: `sqlite:////path/to/file.db`, which is made, with its folder, when it is first connected to, or
+            `postgresql+psycopg://user@host/name`. `?prepare_threshold=none` is for a pooler that may give every
+            transaction another connection: it would not know what was prepared on the last.
 
     A connection raises DatabaseProblem where a PostgreSQL database has another encoding than UTF-8.
     """
@@ -65,6 +65,15 @@ def open_database(url: str) -> Engine:
             )
 
     return engine
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Where a SQLite database is kept, there or not; None of any other."""
+    return _file(make_url(url))
+
+
+def _file(url: URL) -> Path | None:
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 @contextmanager
@@ -112,15 +121,14 @@ def without_rows(error: DBAPIError) -> str:
 
 
 def _open_sqlite(url: URL) -> Engine:
-    file = Path(url.database) if url.database else None
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    file = _file(url)
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "do_connect")
     def make_private(*_: Any) -> None:
         # SQLite would let everyone on this machine read it; its write-ahead log takes after it.
         if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.touch(mode=0o600)
 
     @event.listens_for(engine, "connect")

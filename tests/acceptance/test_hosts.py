@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.tiny import copy_version
+from cli.checks import check_processes
 from cli.pruning import versions_on_workers
-from config.settings import ROOT
+from config.settings import ROOT, load_settings
 from tests.acceptance.system import TIMEOUT_S, System
 from tests.services import wait_until
 
@@ -92,3 +93,7 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     w3 = system.start_worker(node="w1")
     w3.wait_for_log(f"another worker answers as {w1.node} too")
     assert "another worker answers" not in w1.log() + w2.log()
+    # As do those who look from outside
+    assert system.client.activity().workers.count(w1.node) == 2
+    said = [finding.said for finding in check_processes(load_settings(system.environment))]
+    assert any(line.startswith(f"more than one worker answers as {w1.node}: ") for line in said)

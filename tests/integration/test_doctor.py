@@ -179,15 +179,24 @@ def test_files_that_everybody_may_read(
 
 
 def test_a_policy_that_cannot_be_read(redis_url: str, sqlite_url: str, tmp_path: Path) -> None:
+    # Given a policy file that is broken, which decides where none is active
     (tmp_path / "policy.yaml").write_text("communities: {}")
+    settings = with_urls(redis_url, sqlite_url, MODERATO_POLICY_FILE=str(tmp_path / "policy.yaml"))
+    assert "a worker does not start with it\n" in found(check_policy, settings)["problem"]
+    # When a sound one is active, then a worker starts; and when that is broken too, it does not
     engine = open_database(sqlite_url)
-    with writing(engine) as connection:
-        policies.activate(connection, "of: tomorrow", by="t", reason="r", now=datetime.now(UTC))
+    sound = (ROOT / "config/policy.yaml").read_text()
+    for active, level in ((sound, "warning"), ("of: tomorrow", "problem")):
+        with writing(engine) as connection:
+            policies.activate(connection, active, by="t", reason="r", now=datetime.now(UTC))
+        levels = found(check_policy, settings)
+        assert str(tmp_path) in levels[level] and {"warning", "problem"} & set(levels) == {level}
     engine.dispose()
-    said = found(check_policy, with_urls(redis_url, sqlite_url, MODERATO_POLICY_FILE=str(tmp_path / "policy.yaml")))[
-        "problem"
-    ]
-    assert "a worker does not start with it" in said and "another release activated it" in said
+    assert "a worker does not start with it\n" in levels["problem"]
+    assert "another release activated it" in levels["problem"]
+    # And without the database nobody knows
+    nowhere = settings.model_copy(update={"database_url": f"sqlite:///{tmp_path}/none.db"})
+    assert "unless another is active" in found(check_policy, nowhere)["problem"]
 
 
 def test_a_check_that_hangs_or_breaks_hides_no_other() -> None:
