@@ -1,5 +1,6 @@
 """What `moderato doctor` looks at: each check says what it found and what to do about it, and changes nothing."""
 
+import errno
 import json
 import os
 import re
@@ -238,7 +239,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
             if not file:
                 yield from _check_server(connection)
         require_current(engine)
-        yield Finding("database", "ok", "its tables are this release's")
+        yield Finding("database", "ok", "this release can use its tables")
         if not file:
             with reading(engine) as connection:
                 yield from _check_role(connection)
@@ -327,9 +328,6 @@ def check_versions(settings: Settings) -> Iterator[Finding]:
     from model.version import VersionError, version_directory
 
     directory = settings.versions_dir
-    # One that is not there yet holds nothing that is missed while the starter is active; else what follows says so.
-    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
-        yield Finding("versions", "problem", f"{directory} cannot be read by this user", f"chmod o+rx {directory}")
     version = STARTER_VERSION
     try:
         with _client(settings) as client:
@@ -342,7 +340,11 @@ def check_versions(settings: Settings) -> Iterator[Finding]:
         # On the CPU, whatever the workers use: their GPU is theirs.
         scorer = load_scorer(version_directory(version, directory), device="cpu", threads=1, expected_version=version)
     except VersionError as error:
-        yield Finding("versions", "problem", str(error), "restore its files from a backup, or `moderato rollback`")
+        if os.strerror(errno.EACCES) in str(error):
+            advice = f"give this user the right to read it: chmod -R o+rX {directory}"
+        else:
+            advice = "restore its files from a backup, or `moderato rollback`"
+        yield Finding("versions", "problem", str(error), advice)
     else:
         probes = len(scorer.manifest.probes)
         yield Finding("versions", "ok", f"{version} is whole, and scores its {probes} probe texts as it should")

@@ -84,12 +84,15 @@ def version_directory(version: str, versions_dir: Path) -> Path:
     """Where a version's files are; the starter is found in the repository where the directory lacks it.
 
     Raises:
-        VersionError: there is no such directory, or no longer.
+        VersionError: there is no such directory, or no longer, or it cannot be told.
     """
     directory = versions_dir / version
     # A name comes from the database; it must not lead out of the versions directory.
-    if re.fullmatch(VERSION_NAME, version) and directory.is_dir():
-        return directory
+    try:
+        if re.fullmatch(VERSION_NAME, version) and directory.is_dir():
+            return directory
+    except OSError as error:
+        raise VersionError(f"version {version}: {directory} cannot be read: {error.strerror}") from None
     if version == STARTER_VERSION and STARTER_DIRECTORY.is_dir():
         return STARTER_DIRECTORY
     if was_pruned(version, versions_dir):

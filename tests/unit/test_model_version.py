@@ -221,6 +221,11 @@ def test_a_name_never_leads_out_of_the_versions_directory(tmp_path: Path, name: 
         version_directory(name, versions_dir)
 
 
+def test_a_versions_directory_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+    with pytest.raises(VersionError, match=r"version v1: .* cannot be read: File name too long"):
+        version_directory("v1", tmp_path / ("x" * 300))
+
+
 def test_the_starter_is_in_the_repository_unless_the_versions_directory_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
