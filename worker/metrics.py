@@ -167,7 +167,7 @@ class WorkerMetrics:
         yield _info("moderato_policy", "The policy that decides.", version=stats["policy_version"])
         held, limit = stats["held_comments"], stats["max_held_comments"]
         yield _gauge("moderato_held_comments", "Comments taken from Redis and not yet acknowledged.", held)
-        yield _gauge("moderato_held_comments_limit", "Most of them.", limit)
+        yield _gauge("moderato_held_comments_limit", "From which on no further message is taken.", limit)
         waiting = GaugeMetricFamily(
             "moderato_waiting_comments", "Comments before each stage, or in it.", labels=["stage"]
         )
