@@ -148,8 +148,10 @@ class Connections:
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Turn what the driver says into what happened: most often a database without, or with older, tables."""
-        if (file := sqlite_file(self._database_url)) and not file.exists():
-            raise DatabaseProblem(f"there is no database {file}: run `moderato db upgrade`")  # asking would make it
+        if (file := sqlite_file(self._database_url)) and not file.exists():  # asking would make it
+            from db.migrate import SchemaMismatch
+
+            raise SchemaMismatch(f"there is no database {file}: run `moderato db upgrade`")
         try:
             yield
         except DBAPIError as error:

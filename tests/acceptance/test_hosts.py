@@ -95,5 +95,5 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     assert "another worker answers" not in w1.log() + w2.log()
     # As do those who look from outside
     assert system.client.activity().workers.count(w1.node) == 2
-    said = [finding.said for finding in check_processes(load_settings(system.environment))]
-    assert any(line.startswith(f"more than one worker answers as {w1.node}: ") for line in said)
+    findings = [finding.said for finding in check_processes(load_settings(system.environment))]
+    assert any(line.startswith(f"more than one worker answers as {w1.node}: ") for line in findings)

@@ -41,7 +41,7 @@ from db import queries
 from db.durable import overdue
 from db.migrate import SchemaMismatch
 from db.queries import NoSuchDecision, NoSuchVersion
-from db.session import DatabaseProblem, open_database, reading, writing
+from db.session import DatabaseProblem, open_database, reading, sqlite_file, writing
 from tests.integration.rows import NOON, decide, letter, minutes, scored
 from tests.services import wait_until
 
@@ -635,9 +635,14 @@ class TestResults:
         # And no rows are a frame with the same columns
         assert client.results(action="remove").to_frame().columns.tolist() == frame.columns.tolist()
 
-    def test_a_database_without_tables_says_what_to_run(self, producer: ModerationClient) -> None:
+    def test_a_database_without_tables_says_what_to_run(
+        self, producer: ModerationClient, empty_sqlite_url: str
+    ) -> None:
         with pytest.raises(SchemaMismatch, match="run `moderato db upgrade`"):
             producer.result("a")
+        # And asking has not made the file
+        file = sqlite_file(empty_sqlite_url)
+        assert file is not None and not file.exists()
 
     def test_a_database_that_is_not_there_is_named_without_its_password(self, redis_url: str) -> None:
         absent = "postgresql+psycopg://me:secret@127.0.0.1:1/x"
