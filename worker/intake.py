@@ -288,11 +288,14 @@ class Intake(bootsteps.StartStopStep):
         self._held_bytes += delivery.text_bytes
         self._comments_per_message += (delivery.comments - self._comments_per_message) / 8
         if parsed.refused:
+            first = parsed.refused[0].dead_letter_id
             logger.warning(
-                "%d of %d comments refused: %s",
+                "%d of %d comments refused: %s; the first is dead letter %r",
                 len(parsed.refused),
                 delivery.comments,
                 ", ".join(sorted({refused.reason.value for refused in parsed.refused})),
+                first,
+                extra={"submission_id": first},
             )
             self._pipeline.refuse(parsed.refused, delivery)
         if not self._arrived:
