@@ -238,10 +238,11 @@ def test_each_process_says_how_it_is(system: System, sender: Asked, texts: list[
     assert now.sum("moderato_stage_seconds_bucket", stage="score", le="+Inf") == now.sum("moderato_batches_total") > 0
     assert now.sum("moderato_batch_padded_tokens_total") >= now.sum("moderato_batch_tokens_total") > 200
     assert now.sum("moderato_waiting_comments") == 0
-    # And the log has a line of the refused one, in JSON
-    [refusal] = [line for line in json_lines(worker.log()) if line.get("submission_id") == f"{bad}:0"]
-    assert (refusal["level"], refusal["logger"], refusal["reason"]) == ("INFO", "worker.pipeline", "invalid_comment")
-    assert datetime.fromisoformat(refusal["time"]).tzinfo is not None
+    # And the log has two lines of the refused one, in JSON: what came, at Celery's own level, and what became of it
+    refused = [line for line in json_lines(worker.log()) if line.get("submission_id") == f"{bad}:0"]
+    said = [(line["level"], line["logger"], line.get("reason")) for line in refused]
+    assert said == [("WARNING", "worker.intake", None), ("INFO", "worker.pipeline", "invalid_comment")]
+    assert datetime.fromisoformat(refused[0]["time"]).tzinfo is not None
 
     # And in the meantime drift was measured
     drift = asked.metrics_with(lambda seen: "moderato_score_drift_psi" in seen.samples, "drift")
