@@ -6,6 +6,7 @@ Its scores mean little, but everything about it is real: tokenizer, weights, int
 import json
 import shutil
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from tokenizers import BertWordPieceTokenizer
@@ -41,8 +42,8 @@ def tiny_settings(**overrides: object) -> TrainerSettings:
     return load_settings({}).trainer.model_copy(update=small | overrides)
 
 
-def write_tiny_encoder(directory: Path) -> Path:
-    """A random DistilBERT and its tokenizer, as `from_pretrained` reads them."""
+def write_tiny_encoder(directory: Path, *, seed: int = 0) -> Path:
+    """A random DistilBERT and its tokenizer, as `from_pretrained` reads them; of one seed always the same."""
     texts = read_csv(TRAIN).texts[:300]
     tokenizer = BertWordPieceTokenizer(lowercase=True)
     tokenizer.train_from_iterator(texts, vocab_size=1000, show_progress=False)
@@ -57,16 +58,20 @@ def write_tiny_encoder(directory: Path) -> Path:
     config = DistilBertConfig(
         vocab_size=tokenizer.get_vocab_size(), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64
     )
-    DistilBertModel(config).save_pretrained(directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        DistilBertModel(config).save_pretrained(directory)
     return directory
 
 
 def write_tiny_version(versions_dir: Path, version: str, *, rows: int = 96, **overrides: object) -> WrittenVersion:
-    """Train and publish a tiny version under `versions_dir`."""
+    """Train and publish a tiny version under `versions_dir`: the same for the same name, another for another."""
     work_dir = versions_dir / f".work-{version}"
     work_dir.mkdir(parents=True)
     try:
-        settings = tiny_settings(encoder=str(write_tiny_encoder(work_dir / "encoder")), **overrides)
+        settings = tiny_settings(
+            encoder=str(write_tiny_encoder(work_dir / "encoder", seed=crc32(version.encode()))), **overrides
+        )
         start = from_encoder(settings, work_dir)
         training, holdout = read_csv(TRAIN).take(range(rows)), read_csv(HOLDOUT).take(range(120))
         written = train_version(

@@ -379,7 +379,10 @@ class TestWaitingForOneDecision:
             assert isinstance(waited.exception(60), WaitTimeout)
 
     def test_a_database_that_cannot_be_asked_is_named(self, redis_url: str, empty_sqlite_url: str) -> None:
-        with ModerationClient(redis_url, empty_sqlite_url) as client, pytest.raises(DatabaseProblem, match="no tables"):
+        with (
+            ModerationClient(redis_url, empty_sqlite_url) as client,
+            pytest.raises(DatabaseProblem, match="db upgrade"),
+        ):
             client.moderate("hello", timeout_s=0.2)
 
 

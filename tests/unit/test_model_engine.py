@@ -131,13 +131,15 @@ def test_windows_cover_a_text_and_overlap_by_a_quarter(length: int, window: int)
 def test_what_is_said_at_the_end_of_a_long_text_counts(scorer: Scorer) -> None:
     # Given a text, and the same far behind others
     said = "you are a stupid idiot"
-    (behind,) = scorer.score_texts(["the article about trains " * 200 + said])
-    harmless = scorer.score_texts(["the article about trains " * 200])[0]
-    # Then what its windows say is the highest of each
-    windows = scorer.encode(["the article about trains " * 200 + said])[0]
+    text = "the article about trains " * 200 + said
+    # Then the last of its windows ends in it
+    windows = scorer.encode([text])[0]
+    (alone,) = scorer.encode([said])[0]
     assert len(windows) > 3
-    assert behind == pytest.approx(np.max([scorer.engine.score([ids])[0] for ids in windows], axis=0), abs=ALONE)
-    assert (behind != harmless).any()
+    assert windows[-1][-len(alone) + 1 :] == alone[1:]
+    # And the highest of each label's counts
+    highest = np.max([scorer.engine.score([ids])[0] for ids in windows], axis=0)
+    assert scorer.score_texts([text])[0] == pytest.approx(highest, abs=ALONE)
 
 
 # --- Which engine ---
