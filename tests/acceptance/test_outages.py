@@ -22,6 +22,8 @@ from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, CeleryProcess, Syste
 from tests.services import new_database, wait_until
 
 COMMENTS_PER_FAULT = 300
+COMMENTS_DURING_FAULT = 20
+"""So that there is something to decide where those from before it were decided while it began."""
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
@@ -54,6 +56,11 @@ class Broken:
         """What the worker has said since the fault began."""
         return self.worker.log()[self._log_read :]
 
+    def submit(self, comments: int) -> None:
+        """One by one: of a few messages with many comments each nothing would be left in the queue."""
+        texts = self._texts[len(self._ids) % 1500 :][:comments]
+        self._ids += [self.system.client.submit(each) for each in texts]
+
     def wait_for_words(self, words: str) -> None:
         wait_until(lambda: words in self.new_log(), TIMEOUT_S, f"{words!r} in the log")
 
@@ -64,14 +71,11 @@ class Broken:
         """Break something in the middle of a queue, and see all of it decided once when that is over."""
         first = self.system.count_decisions()
         self._log_read = len(self.worker.log())
-        texts = self._texts[len(self._ids) % 1500 :][:COMMENTS_PER_FAULT]
-        # One by one: of a few messages with many comments each nothing would be left in the queue.
-        ids = [self.system.client.submit(each) for each in texts]
-        self._ids += ids
+        self.submit(COMMENTS_PER_FAULT)
         self.system.wait_for_count(first + 20)
         with fault:
             pass
-        self.system.wait_for_decisions(ids)
+        self.system.wait_for_decisions(self._ids)
         self.system.wait_until_nothing_is_left()
         assert self.system.count_decisions() == len(self._ids)
         assert self.worker.is_running
@@ -206,6 +210,7 @@ def test_decisions_wait_for_sqlite(
         def is_locked() -> Iterator[None]:
             with closing(sqlite3.connect(file, isolation_level=None)) as other:
                 other.execute("BEGIN EXCLUSIVE")
+                broken.submit(COMMENTS_DURING_FAULT)
                 broken.wait_for_words("the database has not answered for 10 s")
                 assert system.client.nodes() == ([worker.node], [])
                 assert system.held_messages() > 0
@@ -215,6 +220,7 @@ def test_decisions_wait_for_sqlite(
         @contextmanager
         def is_full() -> Iterator[None]:
             limit_file_size([worker.pid], Path(file).stat().st_size)
+            broken.submit(COMMENTS_DURING_FAULT)
             broken.wait_for_words("the database cannot be written to (disk I/O error)")
             assert system.client.nodes() == ([worker.node], [])
             assert system.held_messages() > 0
@@ -251,6 +257,7 @@ def test_decisions_wait_for_postgresql(
         @contextmanager
         def lets_nobody_in() -> Iterator[None]:
             with closed_to_everyone(url):
+                broken.submit(COMMENTS_DURING_FAULT)
                 broken.wait_for_words("the database cannot be written to")
                 assert system.client.nodes() == ([worker.node], [])
                 assert system.held_messages() > 0
@@ -274,6 +281,7 @@ def test_decisions_wait_for_postgresql(
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
             try:
+                broken.submit(COMMENTS_DURING_FAULT)
                 broken.wait_for_words("the database has not answered for 10 s")
                 assert system.client.nodes() == ([worker.node], [])
                 assert system.held_messages() > 0
