@@ -108,20 +108,25 @@ def rollback(reason: Annotated[str | None, typer.Option(help="Why, for the recor
 
 
 def register_from_disk(client: "ModerationClient", version: str) -> None:
-    """Make a version known that was trained by `moderato train`, or copied here, and is not known yet.
+    """Verify a version that is on this machine; one that is not known yet, as from `moderato train`, becomes so.
 
     Raises:
-        VersionError: it was pruned, or is not known and cannot be verified here.
+        VersionError: it is here and damaged, it was pruned, or it is neither here nor known.
     """
     from config.settings import settings
-    from model.version import verify, version_directory, was_pruned
+    from model.version import VersionError, verify, version_directory, was_pruned
 
     is_known = version in {row.version for row in client.versions()}
-    # What is known need not be on this machine, only on the workers'. One that was pruned here is gone for them too.
-    if is_known and not was_pruned(version, settings().versions_dir):
-        return
-    directory = version_directory(version, settings().versions_dir)
-    client.register(verify(directory, expected_version=version).model_dump())
+    try:
+        directory = version_directory(version, settings().versions_dir)
+    except VersionError:
+        # What is known need not be on this machine, only on the workers'. One pruned here is gone for them too.
+        if is_known and not was_pruned(version, settings().versions_dir):
+            return
+        raise
+    manifest = verify(directory, expected_version=version)
+    if not is_known:
+        client.register(manifest.model_dump())
 
 
 def trial_line(trial: "TrialRow") -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
 from model.policy import parse_policy
+from model.version import WEIGHTS_FILE
 from tests.commands import run_here
 from tests.integration.rows import decide, letter, minutes, scored
 from tests.services import wait_until
@@ -387,6 +389,22 @@ class TestVersions:
 
     def test_a_version_that_is_nowhere(self, moderato: Moderato) -> None:
         assert moderato("activate", "v9", status=1).stderr.startswith("moderato: version v9: there is no directory")
+
+    def test_a_known_version_whose_copy_here_is_damaged(
+        self, redis_url: str, sqlite_url: str, versions_dir: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(versions_dir / VERSION, tmp_path / VERSION)
+        moderato = Moderato(
+            MODERATO_BROKER_URL=redis_url, MODERATO_DATABASE_URL=sqlite_url, MODERATO_VERSIONS_DIR=str(tmp_path)
+        )
+        # Given that it was sound when it was activated first
+        moderato("activate", VERSION)
+        (tmp_path / VERSION / WEIGHTS_FILE).write_bytes(b"damaged")
+        # When it is activated again
+        said = moderato("activate", VERSION, status=1).stderr
+        # Then that is refused before any worker has to
+        assert said.startswith(f"moderato: version {VERSION}: {WEIGHTS_FILE} is damaged")
+        assert len(json_lines(moderato("models", "--json").stdout)[0]["activations"]) == 1
 
     def test_back_and_no_further(self, moderato: Moderato, sqlite_url: str) -> None:
         decide(sqlite_url)
