@@ -61,7 +61,7 @@ def _url(part: Part, *, ready: bool) -> str:
     if not port:
         raise Problem(
             f"metrics.{part}_port is 0, so nothing answers: set it for that process and for this command alike, as in "
-            f" MODERATO_METRICS__{part.upper()}_PORT=9464"
+            f"MODERATO_METRICS__{part.upper()}_PORT=9464"
         )
     # Listening on every address, it answers on this one.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(metrics.host, metrics.host)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
@@ -25,8 +26,10 @@ METRICS_PATH, HEALTH_PATH, READY_PATH = "/metrics", "/healthz", "/readyz"
 TEXT = "text/plain; charset=utf-8"
 MAX_REQUESTS = 8
 """Answered at the same time; further ones are turned away."""
-REQUEST_TIMEOUT_S = 5.0
-"""For a client to say what it wants, and to take the answer."""
+SILENCE_S = 5.0
+"""For a client to say something, or to take something of the answer."""
+REQUEST_S = 60.0
+"""For a request and its answer, however slowly: else a few who drip would keep all others out."""
 KEPT_S = 2.0
 """How long the answer of a probe counts."""
 COUNTED_LEVELS = ("WARNING", "ERROR", "CRITICAL")
@@ -96,7 +99,7 @@ class LogCounter(logging.Handler):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = REQUEST_TIMEOUT_S
+    timeout = SILENCE_S
     server: "Endpoints"
     server_version = "moderato"
     sys_version = ""
@@ -169,14 +172,24 @@ class Endpoints(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        end = threading.Timer(REQUEST_S, _hang_up, (request,))
+        end.daemon = True
+        end.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            end.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # As a rule the client has gone away; http.server would print a page about it.
         logger.debug("a request was not answered", exc_info=True)
+
+
+def _hang_up(request: socket.socket) -> None:
+    """Whoever reads or writes there is done at once."""
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 def serve(host: str, port: int, collector: Collector, looks: Mapping[str, Callable[[], Trouble]]) -> None:

@@ -4,8 +4,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import httpx2
 import pytest
@@ -156,6 +157,17 @@ class TestServer:
         for asker in askers:
             asker.join()
         assert answers == [(200, "ok")] * MAX_REQUESTS
+
+    def test_whoever_drips_is_hung_up_on(self, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(endpoints, "REQUEST_S", 0.2)
+        host, port = server().removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)))) as client:
+            # When a client begins a header that never ends, and never falls silent for long
+            client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+            with pytest.raises(ConnectionError):
+                for _ in range(6_000):
+                    client.sendall(b"x")
+                    time.sleep(0.01)
 
     @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
     def test_ipv6(self, server: Callable[..., str]) -> None:
