@@ -135,6 +135,7 @@ class Operator(Connections):
             NothingToRollBack: there was none.
         """
         with self._writing() as connection:
+            queries.hold_activations(connection)  # or the one before might be of what is active no more
             version = queries.previous_version(connection)
             if version is None:
                 raise NothingToRollBack("no other version was active before; `moderato models` lists them all")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy import URL, Connection, create_engine, make_url, text
 
 SERVER_VARIABLE = "MODERATO_TEST_DATABASE_URL"
 """A PostgreSQL whose user may create databases; without it the tests start one."""
@@ -75,6 +75,11 @@ def new_database(server: URL, options: str = "", like: str | None = None) -> Ite
     finally:
         # The processes of a test that failed may still be connected.
         _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def locks_waited_for(connection: Connection) -> int:
+    """How many there are on the whole PostgreSQL server."""
+    return int(connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar_one())
 
 
 def _administer(server: URL, *statements: str) -> None:

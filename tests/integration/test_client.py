@@ -23,6 +23,7 @@ from celery.signals import before_task_publish
 from kombu import Connection, Consumer, Message, Queue
 from kombu.pidbox import Mailbox
 from redis import Redis
+from sqlalchemy import Engine
 
 from api_client.client import (
     BrokerUnavailable,
@@ -43,7 +44,7 @@ from db.migrate import SchemaMismatch
 from db.queries import NoSuchDecision, NoSuchVersion
 from db.session import DatabaseProblem, open_database, reading, sqlite_file, writing
 from tests.integration.rows import NOON, decide, letter, minutes, scored
-from tests.services import wait_until
+from tests.services import locks_waited_for, wait_until
 
 NOWHERE = "redis://:secret@127.0.0.1:1/0"
 
@@ -722,6 +723,24 @@ class TestVersions:
             ("v1", "bob", "rollback"),
             ("v2", "ada", "better"),
         ]
+
+    @pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
+    def test_going_back_while_another_activates_is_from_what_that_makes_active(
+        self, client: ModerationClient, database_url: str, engine: Engine
+    ) -> None:
+        decide(database_url)
+        client.activate("v1", by="ada", reason="the first")
+        with ThreadPoolExecutor(1) as pool:
+            # Given an activation that is not committed yet
+            with writing(engine) as connection:
+                queries.activate(connection, version="v2", by="ada", reason="better", now=NOON)
+                # When somebody goes back
+                going_back = pool.submit(client.rollback, by="bob")
+                with reading(engine) as other:
+                    wait_until(lambda: locks_waited_for(other), what="bob waiting")
+            going_back.result()
+        # Then that is from the second to the first
+        assert [row.version for row in client.activations(limit=3)] == ["v1", "v2", "v1"]
 
     def test_a_version_that_nobody_registered(self, client: ModerationClient) -> None:
         with pytest.raises(NoSuchVersion):

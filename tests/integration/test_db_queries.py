@@ -29,7 +29,7 @@ from db.rows import STREAM_ROWS
 from db.session import is_outage, open_database, reading, writing
 from db.tables import Decision, Submission
 from tests.integration.rows import NOON, letter, minutes, prepare, scored
-from tests.services import wait_until
+from tests.services import locks_waited_for, wait_until
 
 
 def ask(engine: Engine, question: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -243,7 +243,7 @@ class TestRecordingDecisions:
             record_decisions(first, [scored("1", toxic=0.3)])
             # When another records the same one
             second.start()
-            wait_until(lambda: ask(engine, _waiting_for_a_lock), what="the second worker waiting")
+            wait_until(lambda: ask(engine, locks_waited_for), what="the second worker waiting")
             if first_commits:
                 first.commit()
             else:
@@ -268,10 +268,6 @@ def every_stored_value(connection: Any) -> list[tuple[Any, ...]]:
         rows = connection.execute(text(f"SELECT {columns} FROM {table.__tablename__} ORDER BY submission_id"))
         stored += [tuple(row) for row in rows]
     return stored
-
-
-def _waiting_for_a_lock(connection: Any) -> int:
-    return int(connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar())
 
 
 class TestDeadLetters:
