@@ -118,11 +118,13 @@ def engine(database_url: str) -> Iterator[Engine]:
     """An engine on `database_url`."""
     engine = open_database(database_url)
     yield engine
-    # A connection that a thread gives back after this would be left open.
     pool = engine.pool
     assert isinstance(pool, QueuePool)
+    # Threads that look at the database for ever take from another pool from now on: this one is done when they have
+    # given back what they hold. A connection that they gave back after its end would be left open.
+    engine.dispose(close=False)
     wait_until(lambda: pool.checkedout() == 0, what="every connection being given back")
-    engine.dispose()
+    pool.dispose()
 
 
 @pytest.fixture(scope="session")
