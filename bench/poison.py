@@ -26,7 +26,7 @@ from config.names import LABELS
 from config.settings import ROOT, TrainerSettings, load_settings
 from db.reviews import JudgedText, Labels
 from model.engine import Scores, load_scorer
-from model.version import STARTER_DIRECTORY
+from model.version import STARTER_DIRECTORY, VersionError
 from trainer.agreement import agreed_examples, compare_reviewers
 from trainer.assembly import assemble
 from trainer.dataset import Dataset, from_corrections, read_csv
@@ -87,17 +87,21 @@ def main(
             update(number, note=attack.name)
             started = time.monotonic()
             reviews = draw_reviews(comments, opinions, attack, seed=seed)
-            judgement = retrain(reviews, holdout, standing, settings)
+            outcome = retrain(reviews, holdout, standing, settings)
             weights = {reviewer.name: round(reviewer.weight, 3) for reviewer in compare_reviewers(reviews)}
             results.append(
                 {
                     "attack": asdict(attack),
                     "weights": weights,
                     "seconds": round(time.monotonic() - started, 1),
-                    "verdict": judgement.as_dict(),
+                    **(
+                        {"not_published": str(outcome)}
+                        if isinstance(outcome, VersionError)
+                        else {"verdict": outcome.as_dict()}
+                    ),
                 }
             )
-            update(number + 1, note=f"{attack.name}: {'promoted' if judgement.promoted else 'refused'}")
+            update(number + 1, note=f"{attack.name}: {_in_a_word(results[-1])}")
             if keep:
                 path = RESULTS / f"poison-{date.today():%Y-%m-%d}-seed{seed}.json"
                 facts = run | {"settings": settings.model_dump(mode="json"), "results": results}
@@ -107,20 +111,23 @@ def main(
 
 def retrain(
     reviews: Sequence[JudgedText], holdout: Dataset, active: Evaluation, settings: TrainerSettings
-) -> Judgement:
-    """What the gate says of the starter version, trained further on these reviews."""
+) -> Judgement | VersionError:
+    """What the gate says of the starter version, trained further on these reviews; or why it never comes to it."""
     data = assemble(settings, from_corrections(agreed_examples(reviews)), holdout)
     with tempfile.TemporaryDirectory(prefix="moderato-poison-") as name:
-        candidate = train_version(
-            from_version(STARTER_DIRECTORY),
-            data,
-            holdout,
-            settings,
-            version="poisoned",
-            directory=Path(name, "poisoned"),
-            work_dir=Path(name, "work"),
-            report=lambda progress: None,
-        )
+        try:
+            candidate = train_version(
+                from_version(STARTER_DIRECTORY),
+                data,
+                holdout,
+                settings,
+                version="poisoned",
+                directory=Path(name, "poisoned"),
+                work_dir=Path(name, "work"),
+                report=lambda progress: None,
+            )
+        except VersionError as unsound:
+            return unsound
     assert candidate is not None  # this is no torchrun
     return judge(candidate.evaluation, active, settings)
 
@@ -178,18 +185,25 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
         "reviews by one hostile reviewer", "his weight", "verdict", "mean ROC-AUC", "toxic ROC-AUC", "toxic log loss"
     )
     for each in results:
-        verdict = each["verdict"]
+        who = Attack(**each["attack"]).name, f"{each['weights'].get(HOSTILE, '')}", _in_a_word(each)
+        if (verdict := each.get("verdict")) is None:
+            table.add_row(*who, each["not_published"])
+            continue
         figures = {(part["figure"], part["of"]): part for part in verdict["comparisons"]}
         table.add_row(
-            Attack(**each["attack"]).name,
-            f"{each['weights'].get(HOSTILE, '')}",
-            "promoted" if verdict["promoted"] else "refused",
+            *who,
             *(
                 f"{part['worse_by']:+.4f}, up to {part['interval'][1]:+.4f}"
                 for part in (figures["ROC-AUC", "mean"], figures["ROC-AUC", "toxic"], figures["log loss", "toxic"])
             ),
         )
     return table
+
+
+def _in_a_word(result: dict[str, Any]) -> str:
+    if "not_published" in result:
+        return "not published"
+    return "promoted" if result["verdict"]["promoted"] else "refused"
 
 
 if __name__ == "__main__":
