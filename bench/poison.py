@@ -105,7 +105,8 @@ def main(
             if keep:
                 path = RESULTS / f"poison-{date.today():%Y-%m-%d}-seed{seed}.json"
                 facts = run | {"settings": settings.model_dump(mode="json"), "results": results}
-                path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                # Where the repository lies on this machine tells nobody anything.
+                path.write_text(json.dumps(facts, indent=1).replace(f"{ROOT}/", "") + "\n", encoding="utf-8")
     out.print(_table(results))
 
 
