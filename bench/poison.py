@@ -87,21 +87,20 @@ def main(
             update(number, note=attack.name)
             started = time.monotonic()
             reviews = draw_reviews(comments, opinions, attack, seed=seed)
-            outcome = retrain(reviews, holdout, standing, settings)
+            try:
+                outcome: dict[str, Any] = {"verdict": retrain(reviews, holdout, standing, settings).as_dict()}
+            except VersionError as unsound:
+                outcome = {"not_published": str(unsound)}
             weights = {reviewer.name: round(reviewer.weight, 3) for reviewer in compare_reviewers(reviews)}
             results.append(
                 {
                     "attack": asdict(attack),
                     "weights": weights,
                     "seconds": round(time.monotonic() - started, 1),
-                    **(
-                        {"not_published": str(outcome)}
-                        if isinstance(outcome, VersionError)
-                        else {"verdict": outcome.as_dict()}
-                    ),
+                    **outcome,
                 }
             )
-            update(number + 1, note=f"{attack.name}: {_in_a_word(results[-1])}")
+            update(number + 1, note=f"{attack.name}: {_in_a_word(outcome)}")
             if keep:
                 path = RESULTS / f"poison-{date.today():%Y-%m-%d}-seed{seed}.json"
                 facts = run | {"settings": settings.model_dump(mode="json"), "results": results}
@@ -112,23 +111,24 @@ def main(
 
 def retrain(
     reviews: Sequence[JudgedText], holdout: Dataset, active: Evaluation, settings: TrainerSettings
-) -> Judgement | VersionError:
-    """What the gate says of the starter version, trained further on these reviews; or why it never comes to it."""
+) -> Judgement:
+    """What the gate says of the starter version, trained further on these reviews.
+
+    Raises:
+        VersionError: it never comes to the gate, as what was trained is unsound.
+    """
     data = assemble(settings, from_corrections(agreed_examples(reviews)), holdout)
     with tempfile.TemporaryDirectory(prefix="moderato-poison-") as name:
-        try:
-            candidate = train_version(
-                from_version(STARTER_DIRECTORY),
-                data,
-                holdout,
-                settings,
-                version="poisoned",
-                directory=Path(name, "poisoned"),
-                work_dir=Path(name, "work"),
-                report=lambda progress: None,
-            )
-        except VersionError as unsound:
-            return unsound
+        candidate = train_version(
+            from_version(STARTER_DIRECTORY),
+            data,
+            holdout,
+            settings,
+            version="poisoned",
+            directory=Path(name, "poisoned"),
+            work_dir=Path(name, "work"),
+            report=lambda progress: None,
+        )
     assert candidate is not None  # this is no torchrun
     return judge(candidate.evaluation, active, settings)
 
@@ -201,10 +201,10 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _in_a_word(result: dict[str, Any]) -> str:
-    if "not_published" in result:
+def _in_a_word(outcome: dict[str, Any]) -> str:
+    if "not_published" in outcome:
         return "not published"
-    return "promoted" if result["verdict"]["promoted"] else "refused"
+    return "promoted" if outcome["verdict"]["promoted"] else "refused"
 
 
 if __name__ == "__main__":
