@@ -184,17 +184,17 @@ class System:
         """`celery -A worker worker -Q toxicity`, ready. Settings are those of the section worker."""
         return self.begin_worker(node=node, **worker_settings).wait_until_ready()
 
-    def begin_worker(self, *, node: str = "w1", app: str = "worker", **worker_settings: str) -> CeleryProcess:
-        """The same, not waited for; `app` may be a module with a worker that differs in something."""
-        return self._begin_worker(ROOT, app, node, worker_settings)
+    def begin_worker(
+        self, release: Path = ROOT, /, *, node: str = "w1", app: str = "worker", **worker_settings: str
+    ) -> CeleryProcess:
+        """The same, not waited for.
 
-    def _begin_worker(self, release: Path, app: str, node: str, settings: Mapping[str, str]) -> CeleryProcess:
-        variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in settings.items()}
-        return self._start(release, app, MODERATE_QUEUE, node, variables)
-
-    def start_worker_of(self, release: Path, /, *, node: str, **worker_settings: str) -> CeleryProcess:
-        """The worker of another release, whose code is in this folder, ready."""
-        return self._begin_worker(release, "worker", node, worker_settings).wait_until_ready()
+        Args:
+            release: the folder of the code that it runs.
+            app: may be a module with a worker that differs in something.
+        """
+        variables = {f"MODERATO_WORKER__{name.upper()}": value for name, value in worker_settings.items()}
+        return self._start(app, MODERATE_QUEUE, node, variables, release)
 
     def start_trainer(self, app: str = "trainer") -> CeleryProcess:
         """`celery -A trainer worker -Q retrain`, ready, with a training that lasts seconds."""
@@ -202,9 +202,11 @@ class System:
 
     def begin_trainer(self, app: str = "trainer") -> CeleryProcess:
         """The same, not waited for."""
-        return self._start(ROOT, app, RETRAIN_QUEUE, "t1", QUICK_TRAINING)
+        return self._start(app, RETRAIN_QUEUE, "t1", QUICK_TRAINING)
 
-    def _start(self, release: Path, app: str, queue: str, node: str, environment: Mapping[str, str]) -> CeleryProcess:
+    def _start(
+        self, app: str, queue: str, node: str, environment: Mapping[str, str], release: Path = ROOT
+    ) -> CeleryProcess:
         log = self._directory / f"{app}-{len(self._processes)}.log"
         process = CeleryProcess(app, queue, node, {**self.environment, **environment}, log, release=release)
         self._processes.append(process)
