@@ -1,13 +1,14 @@
 """`moderato dead-letters`: what could not be decided. Look at it, submit it again, or delete it."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import Problem, out, print_json, progress, say, shorten, shown
+from cli.terminal import Problem, confirm, out, print_json, printable, progress, say, shorten, shown
+from cli.times import days_ago
 from config.names import Reason
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def list_letters(
         for letter in letters:
             print_json(_columns(letter))
         return
+    if not letters:
+        say("no dead letters" if reason is None else f"no dead letters with reason {reason}")
+        return
     table = Table("received", expand=True)
     table.add_column("id", overflow="fold")  # never shortened: the other commands need it
     table.add_column("reason")
@@ -114,7 +118,7 @@ def list_letters(
     for letter in letters:
         table.add_row(
             shown(letter.received_at),
-            Text(letter.dead_letter_id),
+            Text(printable(letter.dead_letter_id)),
             _meaning(letter)[0],
             Text(shorten(letter.detail, 200)),
         )
@@ -141,7 +145,9 @@ def show(
         letter = client.dead_letter(dead_letter_id)
     if letter is None:
         raise Problem(f"there is no dead letter {dead_letter_id!r}; `moderato dead-letters` lists them")
-    columns = _columns(letter) | ({"payload": _printable(letter.payload)} if payload else {})
+    columns = _columns(letter)
+    if payload:
+        columns["payload"] = printable(letter.payload.decode(errors="backslashreplace"))
     words, advice = _meaning(letter)
     if as_json:
         print_json(columns | {"meaning": words, "advice": advice})
@@ -159,11 +165,12 @@ def retry(
     ] = None,
     reason: Why = None,
     every: Annotated[bool, typer.Option("--all", help="All of them, whatever the reason.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
 ) -> None:
-    """Submit again what was set aside, once its cause is mended; it is taken off the list. Prints the submissions' ids.
+    """Submit dead letters again, once their cause is fixed, and take them off the list. Prints the submissions' ids.
 
-    It is durable: nothing is lost wherever this command, Redis or a worker dies. What cannot be retried stays, and is
-    named with the reason.
+    The retry is durable: no crash of this command, Redis or a worker loses a comment. Letters that cannot be retried
+    stay, and the command lists them with the reason.
 
     Example: moderato dead-letters retry 5f0c…:0
 
@@ -173,13 +180,18 @@ def retry(
         raise Problem("give either ids, or --reason, or --all: moderato dead-letters retry --reason worker_died")
     from api_client.client import ModerationClient
 
+    if dry_run:
+        with ModerationClient() as client:
+            count = len(dead_letter_ids or ()) or client.count_dead_letters(reason=reason)
+        say(f"dead letters to be retried: {count:,}")
+        return
     with ModerationClient() as client, progress("retrying") as update:
         retried = client.retry_dead_letters(dead_letter_ids or None, reason=reason, on_progress=update)
     for submission_id in retried.submission_ids:
-        print(submission_id)
+        print(printable(submission_id))
     for dead_letter_id, why in retried.left.items():
-        say(f"{dead_letter_id} stays: {why}")
-    say(f"comments submitted again: {len(retried.submission_ids):,}; dead letters that stay: {len(retried.left):,}")
+        say(f"{printable(dead_letter_id)} not retried: {why}")
+    say(f"comments submitted again: {len(retried.submission_ids):,}; dead letters not retried: {len(retried.left):,}")
     if retried.left:
         raise typer.Exit(1)
 
@@ -188,6 +200,7 @@ def retry(
 def purge(
     older_than_days: Annotated[float | None, typer.Option(min=0, help="Only those received before then.")] = None,
     reason: Why = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete dead letters for good. Nothing then says what became of these comments.
@@ -198,18 +211,20 @@ def purge(
     """
     if older_than_days is None and reason is None:
         raise Problem("say which: moderato dead-letters purge --older-than-days 90, or --reason, or both")
-    before = None if older_than_days is None else datetime.now(UTC) - timedelta(days=older_than_days)
+    before = None if older_than_days is None else days_ago(older_than_days)
 
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
         count = client.count_dead_letters(reason=reason, received_before=before)
         if not count:
-            say("no dead letter is so")
+            say("no dead letters match")
             return
         say(f"dead letters to be deleted, for good: {count:,}")
+        if dry_run:
+            return
         if not yes:
-            typer.confirm("Delete them?", abort=True, err=True)
+            confirm("Delete them?")
         purged = client.purge_dead_letters(reason=reason, received_before=before)
     say(f"dead letters deleted: {purged:,}")
 
@@ -224,10 +239,3 @@ def _meaning(letter: "DeadLetterRow") -> tuple[str, str]:
         return MEANINGS[Reason(letter.reason)]
     except ValueError:  # of a later release
         return letter.reason, "This release does not know the reason; upgrade it."
-
-
-def _printable(payload: bytes) -> str:
-    """As it came, but for what could steer the terminal or be seen as something else."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in payload.decode(errors="backslashreplace")
-    )

@@ -10,9 +10,11 @@ import typer
 from rich.text import Text
 
 from cli.checks import CHECKS, Check, Finding
-from cli.terminal import out, print_json
+from cli.terminal import print_json, print_line
 from config.settings import Settings
 
+SAID_COLUMN = 21
+"""Where a finding's words begin, behind its part and level."""
 STYLES = {"ok": "green", "warning": "yellow", "problem": "red", "unknown": "dim"}
 
 
@@ -75,14 +77,12 @@ class _Running:
         self._thread.join(left_s)
         if not self._thread.is_alive():
             return self._found
-        silent = Finding(
-            self._name, "problem", f"no answer within {timeout_s:g} s", "it stands still, or its host is gone"
-        )
+        silent = Finding(self._name, "problem", f"no answer within {timeout_s:g} s", "it is hung or unreachable")
         return [*self._found, silent]
 
 
 def _show(finding: Finding) -> None:
     line = Text.assemble(f"{finding.part:<12}", (f"{finding.level:<8}", STYLES[finding.level]), f" {finding.said}")
-    out.print(line, soft_wrap=True)
+    print_line(line, SAID_COLUMN)
     if finding.advice:
-        out.print(Text(f"{'':<21}→ {finding.advice}"), soft_wrap=True)
+        print_line(Text(f"{'':<{SAID_COLUMN}}→ {finding.advice}"), SAID_COLUMN)

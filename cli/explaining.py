@@ -9,7 +9,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import ACTION_STYLES, Problem, out, print_json, say, shorten, shown
+from cli.terminal import ACTION_STYLES, Problem, out, print_json, print_line, printable, say, shorten, shown
 from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
@@ -256,22 +256,14 @@ def _show(explained: Mapping[str, Any]) -> None:
 
 
 def _print(line: Text) -> None:
-    """Wrapped beside its name on a terminal, and whole in a file or a pipe."""
-    if not out.is_terminal:
-        out.print(line, soft_wrap=True)
-        return
-    grid = Table.grid()
-    grid.add_column(width=NAME_CHARS)
-    grid.add_column(overflow="fold")
-    grid.add_row(*line.divide([NAME_CHARS]))
-    out.print(grid)
+    print_line(line, NAME_CHARS)
 
 
 def _lines(explained: Mapping[str, Any]) -> Iterator[Text]:
     decision, letter, way = explained["decision"], explained["dead_letter"], explained["way"]
     of = f": comment {explained['comment_id']} of community {explained['community']}" if explained["community"] else ""
     author = f", by {explained['author']}" if explained["author"] else ""
-    yield _line("submission", f"{explained['submission_id']}{of}{author}")
+    yield _line("submission", printable(f"{explained['submission_id']}{of}{author}"))
     if decision is not None:
         by = "" if explained["decided_by"] == "model" else f", by {explained['decided_by']}; the model: "
         now = Text(f"{explained['action']}", ACTION_STYLES[explained["action"]])

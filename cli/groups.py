@@ -14,11 +14,14 @@ class GroupWithDefault(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         names = ", ".join(f"`moderato {attributes['name']} {name}`" for name in attributes["commands"])
+        params = attributes.pop("params")
         self._default = TyperCommand(
             attributes["name"],
             callback=attributes.pop("callback"),
-            params=attributes.pop("params"),
+            params=params,
             help=attributes["help"],
+            # Alone it teaches, unless it is a whole command without any argument, as `moderato models` is.
+            no_args_is_help=any(param.required for param in params),
             epilog=f"See also {names}",
         )
         super().__init__(**attributes)

@@ -1,6 +1,7 @@
 """`moderato`: every command under one name. Imports nothing heavy: each command loads what it needs when it runs."""
 
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -25,7 +26,7 @@ from cli import (
     versions,
     webhooks,
 )
-from cli.terminal import say
+from cli.terminal import out, say
 from cli.trainer_options import TrainerCommand
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
@@ -49,10 +50,25 @@ app = typer.Typer(
     help="Moderate comments: submit them to a queue, read the decisions, correct them, retrain, swap the model live. "
     "Begin with `moderato up`, or with `moderato demo` to see all of it in three minutes.",
     no_args_is_help=True,
-    add_completion=False,
     # A traceback with local variables would show comments.
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"moderato {version('moderato')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the release and exit.")
+    ] = False,
+) -> None:
+    """Options of `moderato` itself."""
+
 
 app.command()(system.demo)
 app.command()(system.up)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.terminal import Problem, say, user
+from cli.terminal import Problem, confirm, say, user
 
 if TYPE_CHECKING:
     from db.privacy import Erased
@@ -20,6 +20,7 @@ def erase(
     author: Annotated[str | None, typer.Option(metavar="NAME", help="Everything of this author, and the name.")] = None,
     community: Annotated[str | None, typer.Option(help="Only in this community.")] = None,
     reason: Annotated[str | None, typer.Option(help="Why, for the record; it is kept.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be erased.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Erase the texts of a comment or an author from the database; scores and decisions stay.
@@ -43,8 +44,10 @@ def erase(
             say(f"nothing of this {subject.kind} is in the database. {OUT_OF_REACH}")
             return
         say(f"to be erased, for good: {_counted(found)}")
+        if dry_run:
+            return
         if not yes:
-            typer.confirm("Erase them?", abort=True, err=True)
+            confirm("Erase them?")
         erased, remains = client.erase(subject, by=user(), reason=reason)
     say(f"erased: {_counted(erased)}")
     if remains is not None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import ACTION_STYLES, Problem, out, print_json, progress, say, shorten, shown
+from cli.terminal import ACTION_STYLES, Problem, out, print_json, printable, progress, say, shorten, shown
 from cli.times import past
-from config.names import BULK_QUEUE, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
+from config.names import BULK_QUEUE, DEFAULT_COMMUNITY, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
 
 if TYPE_CHECKING:
     from api_client.limits import TryLater
@@ -27,6 +28,8 @@ Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identit
 Order = Literal["newest", "oldest", Label]
 DEFAULT_ORDER: Order = "newest"
 DEFAULT_LIMIT = 20
+TASK_SUBMISSION_ID_CHARS = 40
+"""Of a submission's id that was made of a task's: a UUID, a colon, and up to three digits."""
 
 
 def submit(
@@ -113,7 +116,7 @@ def results(
     version: Annotated[str | None, typer.Option(help="Model version that decided.")] = None,
     since: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d, 4w ago, or a date and time, UTC."),
+        typer.Option(metavar="TIME", help="Decided then or later: 10m, 2h, 7d, 4w ago, or a local time."),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Decided before then.")] = None,
     order: Annotated[Order, typer.Option(help="By time of decision, or a label: highest score first.")] = DEFAULT_ORDER,
@@ -205,7 +208,7 @@ def _follow(
 def _print_line(row: "Result", *, with_text: bool) -> None:
     parts = [
         (f"{shown(row.decided_at)}  ", "dim"),
-        (f"{row.submission_id}  ", ""),
+        (f"{printable(row.submission_id)}  ", ""),
         (f"{row.action:<7}", ACTION_STYLES[row.action]),
         (f"{_reason(row):<20}  {row.reviewer or row.model_version}", ""),
         (f"  {shorten(row.text)}" if with_text else "", ""),
@@ -227,17 +230,35 @@ def _show(rows: "Iterable[Result]", *, as_json: bool, with_text: bool) -> None:
         for row in rows:
             print_json(_values(row, with_text=with_text))
         return
-    table = Table("decided", "submission", "action", "because of", "decided by", *(["comment"] if with_text else []))
+    table = Table("decided", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("comment id", overflow="fold")
+    # Never shortened, because the other commands need it; one of a task's id is never broken either.
+    rows = list(rows)
+    longest = max((len(row.submission_id) for row in rows), default=0)
+    table.add_column("submission", min_width=min(longest, TASK_SUBMISSION_ID_CHARS), overflow="fold")
+    for name in ("action", "because of", "decided by", *(["text"] if with_text else [])):
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(
             shown(row.decided_at),
-            Text(row.submission_id),
+            Text(_comment_name(row)),
+            Text(printable(row.submission_id)),
             Text(row.action, ACTION_STYLES[row.action]),
             _reason(row),
             Text(row.reviewer or row.model_version),
             *([Text(shorten(row.text))] if with_text else []),
         )
+    if not table.row_count:
+        say("no decisions match")
+        return
     out.print(table)
+
+
+def _comment_name(row: "Result") -> str:
+    """What the site knows the comment by: its own id, and the community where that is not the default one."""
+    own_id = "" if row.comment_id == row.submission_id else row.comment_id
+    names = [own_id] if row.community == DEFAULT_COMMUNITY else [row.community, own_id]
+    return printable(" ".join(filter(None, names)))
 
 
 def _read(file: str, text_column: str, id_column: str) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from cli.terminal import Problem, out, print_json, say, shown
+from cli.times import days_ago
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ def prune(
     from model.pruning import choose, delete_what_is_aside, set_aside, versions_on_disk
 
     versions_dir = settings().versions_dir
-    before = datetime.now(UTC) - timedelta(days=older_than_days)
+    before = days_ago(older_than_days)
     with ModerationClient() as client, _explained(versions_dir):
         registered = {row.version: row.registered_at for row in client.versions()}
         needed = {STARTER_VERSION: "the starter"} | versions_on_workers(client)

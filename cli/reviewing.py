@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.groups import GroupWithDefault
-from cli.terminal import ACTION_STYLES, Problem, out, print_json, say, shorten, user
+from cli.terminal import ACTION_STYLES, Problem, out, print_json, printable, say, shorten, user
 from config.names import LABELS, Action
 
 app = typer.Typer(cls=GroupWithDefault)
@@ -36,7 +36,7 @@ def review(
 
     with ModerationClient() as client:
         client.review(submission_id, action=action, labels=labels, reviewer=reviewer or user(), note=note)
-    say(f"{submission_id}: {action}")
+    say(f"{printable(submission_id)}: {action}")
 
 
 def _label(said: str) -> tuple[str, int]:
@@ -53,10 +53,11 @@ def review_next(
     among: Annotated[int, typer.Option(min=1, help="The newest decisions that are looked at.")] = 5_000,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with scores and whole texts.")] = False,
 ) -> None:
-    """Show the decisions that your word would tell most about, and why. The comments are shown: they may be abusive.
+    """Show the decisions whose review teaches the model most, and why. The comments are shown: they may be abusive.
 
-    First come those on which another version would have acted otherwise, that lie close to a threshold of the policy,
-    or that are severe. Reviewed and erased texts are left out; the same text is shown once.
+    First come decisions on which versions disagree, scores near a threshold of the policy, and severe ones. Reviewed
+    and erased texts are left out; the same text is shown once. This is not the queue of comments that the policy sends
+    to people. That is `moderato results --action review --order oldest --text`.
 
     Example: moderato review next -n 5 --community news
     """
@@ -78,7 +79,7 @@ def review_next(
             print_json(facts | scores | {"informativeness": each.informativeness, "reasons": each.reasons})
         return
     if not candidates:
-        say(f"none of the newest {among:,} decisions waits for a review; --among looks at more")
+        say(f"none of the newest {among:,} decisions needs a review; --among looks at more")
         return
     table = Table(expand=True)
     table.add_column("submission", overflow="fold")  # never shortened: the review needs it
@@ -87,14 +88,14 @@ def review_next(
     table.add_column("comment", ratio=3)
     for each in candidates:
         table.add_row(
-            Text(each.decision.submission_id),
+            Text(printable(each.decision.submission_id)),
             Text(each.decision.action, ACTION_STYLES[each.decision.action]),
             Text("; ".join(each.reasons) or "not reviewed yet"),
             Text(shorten(each.decision.text, 200)),
         )
     out.print(table)
-    example = shlex.quote(candidates[0].decision.submission_id)
-    say("answer with what should be done, and what you say of which label, for example:")
+    example = shlex.quote(printable(candidates[0].decision.submission_id))
+    say("submit a review, for example:")
     say(f"moderato review {example} --action hide --label insult=1 --label threat=0")
 
 
@@ -117,7 +118,7 @@ def agreement(as_json: Annotated[bool, typer.Option("--json", help="JSON lines."
             print_json({**asdict(each), "weight": each.weight})
         return
     if not reviewers:
-        say("nobody has reviewed anything yet")
+        say("no reviews yet")
         return
     table = Table("reviewer", "texts", "compared", "agreement", "weight")
     for each in reviewers:

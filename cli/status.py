@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cli.policies import HASH_CHARS, worker_line
-from cli.terminal import out, print_json, say, shown
+from cli.terminal import out, print_json, print_line, say, shown
 from cli.versions import trial_line
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from api_client.watching import Activity, Status
     from db.drift import Drift
 
+NAME_COLUMN = 14
+"""Where a line's value begins."""
+MOST_GONE_WORKERS = 3
+"""Workers of the past that are listed."""
 BAR_CHARS = 16
 """Of a stage that is busy all of the time. With it a line fits into 80 columns."""
 
@@ -36,10 +40,10 @@ def status(
         bool, typer.Option("--json", help="One JSON object, or with --watch one line for each look.")
     ] = False,
 ) -> None:
-    """Show what runs, what waits and which version decides. What cannot be reached is said, and the exit status is 1.
+    """Show what runs, what waits and which version decides. Exit status 1 if no worker responds.
 
-    A worker's rates are averages since it started; with --watch, those of the last interval. Of a stage they say how
-    long it takes for a comment, how much of the time it is busy, and how many comments wait for it.
+    A worker's rates are averages since it started; with --watch, those of the last interval. For each stage they show
+    the time per comment, the utilisation, and how many comments wait.
 
     Example: moderato status --json
 
@@ -60,7 +64,7 @@ def status(
         _print(_status_lines(state, rates))
     for problem in state.problems:
         say(f"moderato: {problem}")
-    if state.problems:
+    if state.problems or not state.workers:
         raise typer.Exit(1)
 
 
@@ -102,11 +106,11 @@ def _json(activity: "Activity", rates: "Mapping[str, PipelineRates]") -> dict[st
 
 def _print(lines: list[Text]) -> None:
     for line in lines:
-        out.print(line, soft_wrap=True)
+        print_line(line, NAME_COLUMN)
 
 
 def _line(name: str, value: str, style: str = "") -> Text:
-    return Text(f"{name:<13} {value}", style)
+    return Text(f"{name:<{NAME_COLUMN - 1}} {value}", style)
 
 
 def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list[Text]:
@@ -116,9 +120,7 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
         active = state.active
         by = f"{active.version}, by {active.activated_by} at {shown(active.activated_at)}: {active.reason}"
         lines.append(_line("active", by))
-    for load in state.loads:
-        refusal = "" if load.error is None else f", refused the active one: {load.error}"
-        lines.append(_line("", f"{load.worker} runs {load.version}{refusal}"))
+    lines += _load_lines(state)
     lines += _policy_lines(state)
     if state.trial is not None:
         lines.append(_line("trial", trial_line(state.trial)))
@@ -126,8 +128,9 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
         totals = state.totals
         actions = ", ".join(f"{action} {count:,}" for action, count in sorted(totals.actions.items()))
         lines.append(_line("decisions", f"{totals.decisions:,}{f' ({actions})' if actions else ''}"))
-        pending = f", {totals.pending:,} durable submissions on their way" if totals.pending else ""
-        lines.append(_line("", f"{totals.reviews:,} reviews, {totals.dead_letters:,} dead letters{pending}"))
+        pending = f", {_counted(totals.pending, 'durable submission')} in flight" if totals.pending else ""
+        counts = f"{_counted(totals.reviews, 'review')}, {_counted(totals.dead_letters, 'dead letter')}"
+        lines.append(_line("", f"{counts}{pending}"))
     if state.drift is not None:
         lines += drift_lines(state.drift)
     if state.last_run is not None:
@@ -140,12 +143,29 @@ def _status_lines(state: "Status", rates: "Mapping[str, PipelineRates]") -> list
     return lines + _pipeline_lines(state, rates)
 
 
+def _load_lines(state: "Status") -> list[Text]:
+    """Which version each worker runs; of those that do not respond, the newest few and what they ran last."""
+    lines = []
+    for load in (load for load in state.loads if load.worker in state.workers):
+        refusal = "" if load.error is None else f", refused the active version: {load.error}"
+        lines.append(_line("", f"{load.worker} runs {load.version}{refusal}"))
+    gone = sorted((load for load in state.loads if load.worker not in state.workers), key=lambda load: -load.load_id)
+    for load in gone[:MOST_GONE_WORKERS]:
+        last = f"last ran {load.version}, loaded at {shown(load.loaded_at)}; not responding now"
+        lines.append(_line("", f"{load.worker} {last}", "dim"))
+    if more := len(gone) - MOST_GONE_WORKERS:
+        lines += [_line("", f"{more:,} other workers of the past do not respond either", "dim")] if more > 0 else []
+    return lines
+
+
 def drift_lines(drift: "Drift") -> list[Text]:
     """What has moved within a day: scores, actions, and what reviewers say."""
     lines: list[Text] = []
     for psi, expected in ((drift.psi_held_out, "the held-out rows"), (drift.psi_before, "the day before")):
         if psi is not None:
             lines.append(_line("" if lines else "drift", f"against {expected}: {_moved(psi)}"))
+    if lines and drift.psi_before is None:
+        lines.append(_line("", "expected on the first day: your comments differ from the training rows"))
     if lines:
         before = drift.action_shares_before
         shares = (
@@ -194,7 +214,7 @@ def _watched_lines(activity: "Activity", rates: "Mapping[str, PipelineRates]") -
 
 
 def _node_lines(activity: "Activity") -> list[Text]:
-    nobody = "none answers" if activity.queue_depths else "could not be asked"
+    nobody = "none responding" if activity.queue_depths else "unknown: the broker is unreachable"
     lines = [
         _line("workers", ", ".join(activity.workers) or nobody),
         _line("trainers", ", ".join(activity.trainers) or nobody),
@@ -224,7 +244,7 @@ def _lines_of_one(worker: str, stats: "PipelineStats", rates: "PipelineRates") -
     held = f"holds {stats.held_comments:,} of {stats.max_held_comments:,} comments"
     lines = [
         _line(worker, f"{stats.version} on {stats.engine}{lanes}, up {_duration(stats.uptime_s)}", "bold"),
-        _line("", f"{speed} over {_duration(rates.seconds)}"),
+        _line("", f"{speed} on average over the last {_duration(rates.seconds)}"),
         _line("", ", ".join([held, *of_comments])),
         _line("", f"a batch: {', '.join([*size, *of_tokens]) or 'none'}"),
         _line("", f"{'stage':<9}{'per comment':>11}  {'busy':<{BAR_CHARS}}{'waiting':>14}", "dim"),
@@ -238,6 +258,10 @@ def _lines_of_one(worker: str, stats: "PipelineStats", rates: "PipelineRates") -
         else:
             lines.append(_line("", value))
     return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _percent(*shares: tuple[float | None, str]) -> list[str]:

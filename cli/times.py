@@ -9,7 +9,8 @@ UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"
 
 
 def past(value: str) -> datetime:
-    """A time: so long ago (`10m`, `2h`, `7d`, `4w`), or `2026-11-23`, `2026-11-23T12:00`: UTC unless it says.
+    """A time: an age (`10m`, `2h`, `7d`, `4w`), or `2026-11-23`, `2026-11-23T12:00`: by this machine's clock, as times
+    are shown, unless it names a zone (`2026-11-23T12:00Z`).
 
     Raises:
         Problem: it is neither.
@@ -17,7 +18,21 @@ def past(value: str) -> datetime:
     try:
         if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value):
             return datetime.now(UTC) - timedelta(**{UNITS[ago[2]]: float(ago[1])})
-        time = datetime.fromisoformat(value)
+        return datetime.fromisoformat(value).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise Problem(f"{value!r} is no time: give one as 10m, 2h, 7d, 4w ago, or as 2026-11-23T12:00 (UTC)") from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+        raise Problem(
+            f"invalid time {value!r}: pass an age such as 10m, 2h, 7d or 4w, or a time such as 2026-11-23T12:00, "
+            "which is read by this machine's clock unless it ends in a zone such as Z or +02:00"
+        ) from None
+
+
+def days_ago(days: float) -> datetime:
+    """The time that many days ago.
+
+    Raises:
+        Problem: no calendar goes back so far.
+    """
+    try:
+        return datetime.now(UTC) - timedelta(days=days)
+    except (ValueError, OverflowError):
+        raise Problem(f"invalid number of days: {days:g}; pass an age such as 90") from None

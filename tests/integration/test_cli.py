@@ -49,6 +49,7 @@ class Moderato:
 
     def __init__(self, **variables: str) -> None:
         self.environment = os.environ | variables
+        self.environment.pop("COLUMNS", None)  # of a test runner's processes
 
     def __call__(self, *arguments: str, status: int = 0, stdin: str = "") -> Result:
         """Run a command to its end, which must be `status`, in this process."""
@@ -159,6 +160,49 @@ class TestReading:
         assert "hide" in table and "toxic 0.95" in table
         assert "mind your words" not in table
         assert "mind your words" in moderato("results", "--text").stdout
+
+    def test_ids_are_shown_whole_on_a_narrow_terminal(self, moderato: Moderato, sqlite_url: str) -> None:
+        long_id = "01a22269-e97b-761f-9d25-7b9a8a6c1f3e:17"
+        decide(sqlite_url, scored(long_id, comment_id="article 7", community="news", model_version="v" * 40))
+        moderato.environment |= {"COLUMNS": "80"}
+        table = moderato.apart("results").stdout
+        assert long_id in table and "news" in table and "article" in table
+        assert max(map(len, table.splitlines())) <= 80
+
+    def test_no_stranger_steers_the_terminal(self, moderato: Moderato, sqlite_url: str) -> None:
+        # Given a comment whose every name holds what sets a title, clears the screen, and begins a line of its own
+        attack = "k\x1b]0;T\x07\x1b[2J\r\nforged: \x9b2J\u202e"
+        names = {"comment_id": f"c{attack}", "author": f"a{attack}", "community": f"y{attack}"}
+        decide(sqlite_url, scored(attack, text=attack, action="hide", **names), letters=[letter(f"l{attack}")])
+        commands = (
+            ["explain", attack],
+            ["results", "--text"],
+            ["review", "next"],
+            ["review", attack, "--action", "allow"],
+            ["dead-letters"],
+            ["dead-letters", "show", f"l{attack}", "--payload"],
+        )
+        for command in commands:
+            done = moderato(*command)
+            shown = done.stdout + done.stderr
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), command
+            assert not re.search("^forged: ", shown, re.MULTILINE), command
+
+    @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+    def test_a_terminal_that_lacks_characters_gets_others(
+        self, moderato: Moderato, sqlite_url: str, encoding: str
+    ) -> None:
+        decide(sqlite_url, scored("a", text="grün 🙂 naïve"))
+        moderato.environment |= {"PYTHONIOENCODING": encoding}
+        for command in ("results --text", "doctor"):
+            done = subprocess.run(
+                [sys.executable, "-m", "cli.main", *command.split()],
+                cwd=ROOT,
+                env=moderato.environment,
+                capture_output=True,
+                check=False,
+            )
+            assert b"Traceback" not in done.stderr and done.stdout, command
 
     def test_results_as_json_lines_with_filters(self, moderato: Moderato, sqlite_url: str) -> None:
         decide(sqlite_url, scored("a", action="hide"), scored("b", decided_at=minutes(1)))
@@ -285,7 +329,7 @@ class TestReading:
         ]
         told = json.loads(moderato("policy", "diff", version[:8], "active", "--json").stdout)
         assert told == {"a": version, "b": version, "changes": []}
-        assert f"policy        {version[:12]}, by " in moderato("status").stdout
+        assert f"policy        {version[:12]}, by " in moderato("status", status=1).stdout
         # And what people said of decisions stands
         result = client.result("s8")
         assert result is not None
@@ -326,6 +370,7 @@ class TestReading:
     def test_dead_letters_show_the_reason_and_never_the_payload(self, moderato: Moderato, sqlite_url: str) -> None:
         decide(sqlite_url, letters=[letter("gone")])
         assert "text is empty" in moderato("dead-letters").stdout
+        assert moderato("dead-letters", "purge", "--reason", "invalid_comment", "--dry-run").stderr.endswith("1\n")
         [row] = json_lines(moderato("dead-letters", "--json").stdout)
         assert row["dead_letter_id"] == "gone"
         assert "payload" not in row
@@ -335,6 +380,8 @@ class TestReading:
         # When it is not confirmed, then nothing is erased
         asked = moderato("erase", "--author", "ann", stdin="n\n", status=1).stderr
         assert "the texts of 1 submissions; 0 dead letters' payloads" in asked
+        moderato("erase", "--author", "ann", "--dry-run")
+        moderato("erase", "--author", "ann", status=1)  # nobody is there to answer
         assert "mind your words" in moderato("results", "--text").stdout
         # When it is, then the text is gone, and what may be elsewhere is named
         told = moderato("erase", "--author", "ann", "--reason", "asked for", stdin="y\n").stderr
@@ -344,7 +391,8 @@ class TestReading:
         assert "either --comment ID or --author NAME" in moderato("erase", "--yes", status=1).stderr
 
     def test_status_as_json(self, moderato: Moderato, redis_url: str, sqlite_url: str) -> None:
-        [state] = json_lines(moderato("status", "--json").stdout)
+        # Without a worker a script must see it
+        [state] = json_lines(moderato("status", "--json", status=1).stdout)
         assert state["broker_url"] == redis_url
         assert state["database_url"] == sqlite_url
         assert (state["workers"], state["queue_depths"]["toxicity"], state["active"]) == ([], 0, None)
@@ -746,7 +794,7 @@ class TestTrials:
         # And so do the commands on versions and on the system
         line = f"canary: {VERSION} decides 5 % of the submissions beside v1"
         assert line in moderato("models").stdout
-        assert line in moderato("status").stdout
+        assert line in moderato("status", status=1).stdout
         # And another trial has to wait, whose names are not those of this one
         assert "a trial runs already" in moderato("ab", "start", "v2", status=1).stderr
         assert "no ab runs, but a trial of another kind: canary" in moderato("ab", "promote", status=1).stderr

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from cli.status import drift_lines
-from cli.terminal import Problem, shorten
-from cli.times import past
+from cli.terminal import Problem, shorten, shown
+from cli.times import days_ago, past
 from cli.training import parse_overrides
 from config.names import LABELS
 from config.settings import ROOT, TrainerSettings, explanations, settings
@@ -79,6 +82,15 @@ def test_every_command_teaches_by_an_example(command: list[str]) -> None:
     assert f"Example: moderato {' '.join(command)}" in done.output
 
 
+def test_the_version_of_the_release() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.split() == ["moderato", version("moderato")]
+
+
+def test_review_alone_teaches() -> None:
+    done = CliRunner().invoke(app, ["review"])
+    assert "Example: moderato review" in done.output and "moderato review next" in done.output
+
+
 def test_the_help_lists_every_command() -> None:
     done = CliRunner().invoke(app, ["--help"])
     assert all(command[0] in done.output for command in COMMANDS)
@@ -91,16 +103,33 @@ def test_what_does_not_go_with_following() -> None:
     assert "--after goes with --follow" in complaint("results", "--after", "1")
 
 
+@pytest.fixture
+def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock is nine hours ahead of UTC."""
+    with monkeypatch.context() as changed:
+        changed.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("tokyo")
 def test_times() -> None:
     now = datetime.now(UTC)
     assert timedelta(minutes=9) < now - past("10m") <= timedelta(minutes=10)
     assert timedelta(days=7) > now - past("6.9d") > timedelta(days=6)
-    assert past("2026-11-23") == past("2026-11-23T00:00:00Z") == datetime(2026, 11, 23, tzinfo=UTC)
+    # By the clock that times are shown by, so that one can be pasted back; unless it names a zone
+    assert past("2026-11-23") == past("2026-11-22T15:00:00Z") == datetime(2026, 11, 22, 15, tzinfo=UTC)
+    date, clock, zone = shown(past("2026-11-23 12:30:05")).split()
+    assert (date, clock, zone) == ("2026-11-23", "12:30:05", "JST")
     assert past("2026-11-23 12:00+02:00") == datetime(2026, 11, 23, 10, tzinfo=UTC)
     assert timedelta(weeks=9_999) >= now - past("9999w") > timedelta(weeks=9_998)
     for wrong in ("soon", "10", "7 d", "7y", "-5m", "1000000d", "99999999999w"):
-        with pytest.raises(Problem, match="is no time: give one as 10m"):
+        with pytest.raises(Problem, match="10m"):
             past(wrong)
+    for days in (1e9, math.inf, math.nan):
+        with pytest.raises(Problem, match="days"):
+            days_ago(days)
 
 
 def test_webhooks_without_an_endpoint() -> None:

@@ -61,7 +61,7 @@ class TestReasons:
             # Below a threshold of the same or a milder action than the one taken: crossing it changes nothing
             (
                 {"toxic": 0.83, "insult": 0.79, "threat": 0.89},
-                ["threat 0.89", "threat 0.89, 0.06 below remove at 0.95"],
+                ["threat 0.89, 0.06 below remove at 0.95"],
             ),
             # One label is close to letting the action go, but the other holds it
             ({"toxic": 0.91, "insult": 0.99}, ["severe: hide"]),
