@@ -8,6 +8,7 @@ What if the process dies here: the outbox keeps what was not posted; what was, a
 when its lease has run out, under the same `webhook-id`.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -47,7 +48,7 @@ CONCURRENT_POSTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 3_600.0
 """Between two attempts at one delivery."""
 LEASE_MARGIN_S = 5.0
-"""Beyond what an attempt may take: to note what came of it."""
+"""Beyond the timeout of an attempt: to record its outcome."""
 LOOK_S = 1.0
 """Between two looks into feed and outbox where nobody says that there is something new."""
 FILL_PAUSE_S = 0.25
@@ -131,7 +132,12 @@ class Failure:
 
 
 class Poster:
-    """Posts to one endpoint."""
+    """Posts to one endpoint, several deliveries at a time, from an event loop in a thread of its own.
+
+    An event loop, because it can put one deadline over a whole exchange: name lookup, connection, TLS, request,
+    headers and body. Timeouts of blocking sockets hold for each read, and a receiver that sends a byte now and then
+    would outlast them, and the lease of the delivery too.
+    """
 
     def __init__(self, name: str, settings: EndpointSettings) -> None:
         """Prepare, connecting to nothing.
@@ -147,26 +153,32 @@ class Poster:
                 f"endpoint {name} has no secret to sign with: set MODERATO_WEBHOOKS__ENDPOINTS__{name.upper()}__SECRET"
                 ", for example to whsec_$(openssl rand -base64 32), and give it to the receiver"
             )
-        # An endpoint that redirects has moved, and the operator should know.
-        self._http = httpx2.Client(
-            timeout=settings.timeout_s,
+        # An endpoint that redirects has moved, and the operator should know. The deadline is in `_exchange`.
+        self._http = httpx2.AsyncClient(
+            timeout=None,
             follow_redirects=False,
             limits=httpx2.Limits(max_connections=CONCURRENT_POSTS, max_keepalive_connections=CONCURRENT_POSTS),
             headers={"user-agent": "moderato-webhooks", "content-type": "application/json"},
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"post-{name}", daemon=True)
+        self._thread.start()
 
-    def post(self, claim: Claim) -> Failure | None:
-        """Post a delivery; None where the endpoint took it."""
+    def post(self, claim: Claim) -> Future[Failure | None]:
+        """Begin to post a delivery; the future gives None where the endpoint took it. It ends within `timeout_s`."""
         body = body_of(claim, include_text=self._settings.include_text)
-        return self._post(webhook_id(self._name, claim.submission_id), body)
+        return self._begin(webhook_id(self._name, claim.submission_id), body)
 
     def ping(self) -> Failure | None:
-        """Post something that tells of no decision."""
+        """Post something that tells of no decision, and wait for the answer."""
         now = datetime.now(UTC)
         body = _as_json({"type": "ping", "timestamp": now.isoformat(), "data": {"endpoint": self._name}})
-        return self._post(f"msg_ping_{now.timestamp():.6f}", body)
+        return self._begin(f"msg_ping_{now.timestamp():.6f}", body).result()
 
-    def _post(self, message_id: str, body: bytes) -> Failure | None:
+    def _begin(self, message_id: str, body: bytes) -> Future[Failure | None]:
+        return asyncio.run_coroutine_threadsafe(self._post(message_id, body), self._loop)
+
+    async def _post(self, message_id: str, body: bytes) -> Failure | None:
         # Of the attempt, not of the decision: receivers refuse what is old.
         timestamp = int(time.time())
         headers = {
@@ -174,12 +186,9 @@ class Poster:
             "webhook-timestamp": str(timestamp),
             "webhook-signature": signature(self._keys, message_id, timestamp, body),
         }
-        deadline = time.monotonic() + self._settings.timeout_s
         try:
-            with self._http.stream("POST", self._settings.url, content=body, headers=headers) as response:
-                _read_to_end(response, deadline)
-                status = response.status_code
-        except httpx2.TimeoutException:
+            status = await self._exchange(body, headers)
+        except TimeoutError:
             return Failure(f"no answer within {self._settings.timeout_s:g} s", of_endpoint=True)
         except Exception as error:  # of the network, of TLS, or of what it answered
             return Failure(f"cannot be reached ({type(error).__name__})", of_endpoint=True)
@@ -187,17 +196,41 @@ class Poster:
             return None
         return Failure(f"answered {status}", of_endpoint=status >= 500 or status in TRY_LATER)
 
+    async def _exchange(self, body: bytes, headers: dict[str, str]) -> int:
+        """Post, and return the status.
+
+        Raises:
+            TimeoutError: the headers of the answer were not complete in time.
+            Exception: of the network, of TLS, or of HTTP.
+        """
+        status = None
+        try:
+            async with (
+                asyncio.timeout(self._settings.timeout_s),
+                self._http.stream("POST", self._settings.url, content=body, headers=headers) as response,
+            ):
+                status = response.status_code
+                await _read_to_end(response)
+        except TimeoutError:
+            if status is None:  # else it has answered: that counts
+                raise
+        return status
+
     def close(self) -> None:
-        self._http.close()
+        """Close the connections, when every post has ended."""
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
-def _read_to_end(response: httpx2.Response, deadline: float) -> None:
+async def _read_to_end(response: httpx2.Response) -> None:
     """Read what little it answers; what is left unread closes the connection."""
     read_bytes = 0
     with suppress(httpx2.HTTPError):  # it has answered: that counts
-        for chunk in response.iter_raw():
+        async for chunk in response.aiter_raw():
             read_bytes += len(chunk)
-            if read_bytes > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+            if read_bytes > MAX_ANSWER_BYTES:
                 return
 
 
@@ -227,12 +260,10 @@ class Sender:
         self._max_attempts = max_attempts
         self._stop = stop
         self._poster = Poster(name, settings)
-        self._pool = ThreadPoolExecutor(CONCURRENT_POSTS, thread_name_prefix=f"post-{name}")
         self._posting: dict[Future[Failure | None], Claim] = {}
         self._posted: list[tuple[Claim, Failure | None]] = []
         """And not noted yet, as while the database is away."""
-        # To connect may take as long as the answer.
-        self._attempt_s = 2 * settings.timeout_s
+        self._lease_s = settings.timeout_s + LEASE_MARGIN_S
         self._next_fill_at = 0.0
         self._away, self._failing, self._refusing = Outage(), Outage(), Outage()
         self._next_probe_at = 0.0
@@ -241,16 +272,15 @@ class Sender:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._try_step(self._step)
-        # What is being posted comes to its end within the timeout, and should be noted.
-        wait(self._posting, timeout=self._attempt_s)
+        # Each post ends within the timeout, and its outcome should be recorded.
+        wait(self._posting)
         self._try_step(self._note)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._poster.close()
 
     def join(self) -> None:
         """Wait for its end after a stop, for as long as what it posts may take."""
         self.wake.set()
-        self.thread.join(self._attempt_s + LEASE_MARGIN_S)
+        self.thread.join(self._lease_s)
 
     def _try_step(self, step: Callable[[], None]) -> None:
         self.stepped_at = time.monotonic()
@@ -316,11 +346,11 @@ class Sender:
         with reading(self._database) as connection:
             if not webhooks.is_due(connection, self.name, database_time(connection)):
                 return
-        lease = timedelta(seconds=self._attempt_s + LEASE_MARGIN_S)
+        lease = timedelta(seconds=self._lease_s)
         with writing(self._database) as connection:
             claims = webhooks.claim(connection, self.name, limit=free, lease=lease, now=database_time(connection))
         for claim in claims:
-            self._posting[self._pool.submit(self._poster.post, claim)] = claim
+            self._posting[self._poster.post(claim)] = claim
 
     def _note(self) -> None:
         """Write down what came of the posts that have ended."""

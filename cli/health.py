@@ -1,14 +1,18 @@
 """`moderato health`: what a process says of itself, as an exit status. For containers, which have no curl."""
 
+import asyncio
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.terminal import Problem, out
 
+if TYPE_CHECKING:
+    import httpx2
+
 TIMEOUT_S = 15.0
-"""Longer than a process takes to say that its engine does not answer."""
+"""For the whole answer: longer than a process takes to say that its engine does not answer."""
 
 
 class Part(StrEnum):
@@ -39,14 +43,22 @@ def health(
 
     url = url or _url(part, ready=ready)
     try:
-        # Not by way of a proxy that the environment names: it is asked on this host, or in its own network.
-        answer = httpx2.get(url, timeout=TIMEOUT_S, trust_env=False)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        answer = asyncio.run(_ask(url))
+    except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError) as error:
         raise Problem(f"{url} does not answer: {error or type(error).__name__}") from None
     said = answer.text.strip()
     if answer.status_code != 200:
         raise Problem(f"{url} says {answer.status_code}: {said}")
     out.print(said, markup=False)
+
+
+async def _ask(url: str) -> "httpx2.Response":
+    import httpx2
+
+    # One deadline, however slowly it answers: httpx's own timeouts hold for each read. Not through a proxy that the
+    # environment names: it is asked on this host, or in its own network.
+    async with asyncio.timeout(TIMEOUT_S), httpx2.AsyncClient(timeout=None, trust_env=False) as http:
+        return await http.get(url)
 
 
 def _url(part: Part, *, ready: bool) -> str:

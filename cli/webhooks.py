@@ -13,8 +13,12 @@ from cli.terminal import Problem, out, print_json, say, shorten, shown
 
 if TYPE_CHECKING:
     from config.settings import EndpointSettings
+    from db.webhooks import Backlog
 
 app = typer.Typer()
+
+NOT_STARTED = "not started"
+"""No `moderato webhooks run` has had this endpoint in its settings yet."""
 
 
 @app.callback(invoke_without_command=True)
@@ -64,29 +68,41 @@ def list_endpoints(as_json: Annotated[bool, typer.Option("--json", help="JSON li
     with ModerationClient() as client:
         backlogs = client.webhook_backlogs()
     names = sorted({*endpoints, *backlogs})
+    states = {name: _state(backlogs.get(name), in_settings=name in endpoints) for name in names}
     if as_json:
         for name in names:
             url = without_password(endpoints[name].url) if name in endpoints else None
             known = asdict(backlogs[name]) if name in backlogs else {"endpoint": name}
-            print_json({**known, "url": url})
+            print_json({**known, "url": url, "state": states[name]})
         return
-    table = Table("endpoint", "url", "pending", "oldest", "delivered", "last", "dead", "last error")
+    if not names:
+        say("no endpoints: set webhooks.endpoints in the settings; docs/feed.md shows how")
+        return
+    table = Table("endpoint", "url", "state", "pending", "oldest", "delivered", "last", "dead", "last error")
     for name in names:
-        url = without_password(endpoints[name].url) if name in endpoints else "not in the settings"
-        if (backlog := backlogs.get(name)) is None:
-            table.add_row(name, Text(url), "", "", "", "", "", "`moderato webhooks run` has not begun with it")
-            continue
-        table.add_row(
-            name,
-            Text(url),
-            f"{backlog.pending:,}",
-            shown(backlog.oldest_pending_at),
-            f"{backlog.delivered:,}",
-            shown(backlog.last_delivered_at),
-            f"{backlog.dead:,}",
-            Text(shorten(backlog.error)),
-        )
+        url = without_password(endpoints[name].url) if name in endpoints else ""
+        row: list[str | Text] = [name, Text(url), states[name]]
+        if backlog := backlogs.get(name):
+            row += [
+                f"{backlog.pending:,}",
+                shown(backlog.oldest_pending_at),
+                f"{backlog.delivered:,}",
+                shown(backlog.last_delivered_at),
+                f"{backlog.dead:,}",
+                Text(shorten(backlog.error)),
+            ]
+        table.add_row(*row)
     out.print(table)
+    if waiting := [name for name in names if states[name] == NOT_STARTED]:
+        say(f"start `moderato webhooks run` to deliver to {', '.join(waiting)}")
+
+
+def _state(backlog: "Backlog | None", *, in_settings: bool) -> str:
+    if not in_settings:
+        return "not in the settings"
+    if backlog is None:
+        return NOT_STARTED
+    return "failing" if backlog.error else "ok"
 
 
 @app.command()
@@ -134,6 +150,9 @@ def dead(
     if as_json:
         for delivery in deliveries:
             print_json(delivery)
+        return
+    if not deliveries:
+        say("no delivery was given up")
         return
     table = Table("given up", "endpoint", "submission", "attempts", "why")
     for delivery in deliveries:

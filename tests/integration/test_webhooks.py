@@ -1,6 +1,9 @@
 """The outbox of webhooks on real databases: filled once, claimed by one, kept until it is delivered or given up."""
 
+import json
+import os
 import threading
+from contextlib import closing
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -8,13 +11,18 @@ import pytest
 from sqlalchemy import Engine
 
 from api_client.listening import Nudges
-from api_client.webhooks import deliver
-from config.settings import load_settings
+from api_client.webhooks import Poster, deliver
+from cli.health import health
+from cli.terminal import Problem
+from config.names import Action
+from config.settings import EndpointSettings, load_settings
 from db import feed, webhooks
 from db.durable import database_time
 from db.queries import record_decisions
-from db.session import reading, writing
-from tests.integration.rows import NOON, prepare, scored
+from db.session import open_database, reading, writing
+from tests.commands import run_here
+from tests.integration.rows import NOON, decide, prepare, scored
+from tests.services import slow_server
 
 LEASE = timedelta(minutes=5)
 
@@ -159,6 +167,38 @@ def test_what_was_given_up_is_dead_until_it_is_retried_or_old(outbox: Engine) ->
         assert webhooks.backlogs(connection)["news"].pending == 2
 
 
+def test_the_list_shows_the_state_of_every_endpoint(sqlite_url: str) -> None:
+    environment = os.environ | {"MODERATO_DATABASE_URL": sqlite_url}
+
+    def listed() -> dict[str, tuple[str, str | None]]:
+        done = run_here(environment, "webhooks", "list", "--json")
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        return {row["endpoint"]: (row["state"], row.get("error")) for row in rows}
+
+    # Given no endpoints, the table is not empty but says what to do
+    done = run_here(environment, "webhooks")
+    assert done.stdout == "" and "docs/feed.md" in done.stderr
+    # Given two in the settings of which one has started and fails, and one that is no longer in the settings
+    endpoint = "{url: 'https://a.example', min_action: hide}"
+    environment["MODERATO_WEBHOOKS__ENDPOINTS"] = f"{{news: {endpoint}, sports: {endpoint}}}"
+    decide(sqlite_url, scored("a", action="hide"))
+    engine = open_database(sqlite_url)
+    for name in "news", "gone":
+        fill(engine, name)
+    with writing(engine) as connection:
+        now = database_time(connection)
+        [posted] = webhooks.claim(connection, "news", limit=1, lease=LEASE, now=now)
+        webhooks.failed(connection, posted, error="answered 500", next_attempt_at=now + LEASE, now=now)
+    engine.dispose()
+    # Then each has its state, and only a failed attempt is an error
+    assert listed() == {
+        "gone": ("not in the settings", None),
+        "news": ("failing", "answered 500"),
+        "sports": ("not started", None),
+    }
+    assert run_here(environment, "webhooks").stdout
+
+
 def test_to_end_when_told_to_is_no_failure(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = threading.Event()
 
@@ -182,3 +222,31 @@ def test_to_end_when_told_to_is_no_failure(database_url: str, monkeypatch: pytes
     )
     # Then that is what was asked for, and nothing broke
     deliver(settings, stop)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "slowly", "failure"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n", b"x: y\r\n" * 50 + b"\r\n", "no answer within 1 s"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 10 + b"HTTP/1.1 204 No Content\r\n\r\n", "no answer within 1 s"),
+        # It has answered, and the body is not waited for.
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"b" * 200, None),
+    ],
+)
+def test_a_receiver_that_sends_slowly_is_given_up_by_one_deadline(
+    at_once: bytes, slowly: bytes, failure: str | None
+) -> None:
+    with slow_server(at_once, slowly) as url:
+        secret = "whsec_bmV3cyBzZWNyZXQgbmV3cyBzZWNyZXQgbmV3cyBzZWM="
+        settings = EndpointSettings.model_validate(
+            {"url": url, "min_action": Action.HIDE, "timeout_s": 1, "secret": secret}
+        )
+        with closing(Poster("news", settings)) as poster:
+            said = poster.ping()
+    assert (said and said.reason) == failure
+
+
+def test_a_process_that_answers_slowly_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.health.TIMEOUT_S", 1)
+    with slow_server(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 50 + b"\r\n") as url, pytest.raises(Problem):
+        health(url=url)
