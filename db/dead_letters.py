@@ -37,6 +37,8 @@ class DeadLetterRow:
     comment_id: str | None
     author: str | None
     received_at: datetime
+    name: str | None = None
+    submitted_at: datetime | None = None
 
 
 def record(connection: Connection, letters: Sequence[DeadLetterRow]) -> None:

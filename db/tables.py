@@ -104,6 +104,8 @@ class Submission(Base):
     """When its message was last put on the queue, by the database's clock."""
     erased_at: Mapped[datetime | None]
     """When text, context and perhaps author were erased; null where they were not."""
+    name: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """The idempotency key, or `<task id>:<n>`; null where `submission_id` is that itself. See `config.identity`."""
 
 
 IS_PENDING = Submission.state == literal(PENDING, literal_execute=True)
@@ -306,6 +308,10 @@ class DeadLetter(Base):
     comment_id: Mapped[str | None] = mapped_column(String(SUBMISSION_ID_CHARS))
     author: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
     received_at: Mapped[datetime]
+    name: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
+    """As in `submissions`."""
+    submitted_at: Mapped[datetime | None]
+    """When the producer submitted it first, whatever was retried since; null in rows of older releases."""
 
 
 class Trial(Base):
@@ -442,7 +448,7 @@ FROM (
            CASE WHEN r.review_id IS NULL THEN 'model' ELSE r.reviewer END AS decided_by,
            d.action AS model_action, d.model_version, d.decided_at,
            ROW_NUMBER() OVER (PARTITION BY s.community, s.comment_id
-                              ORDER BY d.decided_at DESC, s.submission_id DESC) AS newest
+                              ORDER BY s.submitted_at DESC, d.decided_at DESC, s.submission_id DESC) AS newest
     FROM decisions d
     JOIN submissions s ON s.submission_id = d.submission_id
     LEFT JOIN reviews r ON r.review_id = (
@@ -450,4 +456,7 @@ FROM (
 ) AS ranked
 WHERE newest = 1
 """
-"""The view `current_actions`: what holds for each comment now, newest submission first, after reviews."""
+"""The view `current_actions`: what holds for each comment now: the newest submission's action, after reviews.
+
+The newest is the one submitted last, not the one decided last: a text that waited, or was retried, stays behind the text
+that replaced it."""

@@ -26,14 +26,14 @@ def test_upgrading_an_empty_database_equals_the_tables(engine: Engine) -> None:
 
 
 def test_the_migrated_view_is_the_one_in_the_tables(engine: Engine) -> None:
-    # Given a comment decided twice, one whose decision was overturned twice, and one left alone
+    # Given a comment whose older text was decided last, one whose decision was overturned twice, and one left alone
     with writing(engine) as connection:
         prepare(connection)
         record_decisions(
             connection,
             [
-                scored("1", comment_id="edited", action="hide"),
-                scored("2", comment_id="edited", decided_at=minutes(1)),
+                scored("1", comment_id="edited", action="hide", decided_at=minutes(2)),
+                scored("2", comment_id="edited", submitted_at=minutes(1), decided_at=minutes(1)),
                 scored("3", comment_id="overturned", action="remove"),
                 scored("4", comment_id="alone", action="label"),
             ],

@@ -18,11 +18,11 @@ A_DAY = 24 * 60
 ANSWERS: list[list[tuple[Any, ...]]] = [
     [("allow", "mod", "hide", "v2")],
     [("waits-longer", "44", "insult", "the text of waits-longer"), ("waits", "43", "toxic", "the text of waits")],
-    [("2026-11-21", "allow", 1), ("2026-11-22", "hide", 2), ("2026-11-22", "remove", 1), ("2026-11-22", "review", 3)],
+    [("2026-11-21", "remove", 1), ("2026-11-22", "allow", 1), ("2026-11-22", "hide", 2), ("2026-11-22", "review", 3)],
     [("v1", 2, 1), ("v2", 1, 1)],
     [("bob", 2, 2)],
     [(2,)],
-    [(6, 502.25, 3000.0, 1 / 6)],
+    [(6, 501.25, 3000.0, 1 / 6)],
     [("expired", "news", 2, minutes(5)), ("invalid_comment", None, 1, NOON)],
     [("v1", minutes(-60), "ann", "first", 4, 3), ("v2", minutes(1), "trainer", "better", 3, 3)],
     [("hide", "toxic", 0.9, POLICY_VERSION, POLICY)],
@@ -41,7 +41,9 @@ def test_each_question_has_the_answer_that_is_described(engine: Engine, database
     )
     fired: dict[str, Any] = {"fired_label": "toxic", "fired_threshold": 0.9}
     rows = [
-        scored("older", community="news", comment_id="42", author="ann", decided_at=minutes(-A_DAY)),
+        # Decided after the text that replaced it: it had waited, or was retried
+        scored("older", community="news", comment_id="42", author="ann", submitted_at=minutes(-A_DAY),
+               decided_at=minutes(4)),
         scored(EXPLAINED, community="news", comment_id="42", author="ann", toxic=0.95, action="hide", **fired,
                model_version="v2", decided_at=minutes(2)),
         scored("waits", comment_id="43", author="ann", toxic=0.85, action="review", fired_label="toxic",
@@ -51,7 +53,7 @@ def test_each_question_has_the_answer_that_is_described(engine: Engine, database
         scored("looked-at", comment_id="45", author="bob", action="review", decided_at=minutes(1), queue_ms=3000.0),
         scored("hidden", comment_id="46", author="bob", community="news", toxic=0.9, action="hide",
                decided_at=minutes(1)),
-        scored("removed", comment_id="47", action="remove", decided_at=minutes(1), queue_ms=7.5),
+        scored("removed", comment_id="47", action="remove", decided_at=minutes(-A_DAY), queue_ms=7.5),
     ]  # fmt: skip
     with writing(engine) as connection:
         prepare(connection, "v1", "v2")
