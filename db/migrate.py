@@ -11,6 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, delete, func, insert, inspect, select
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
+from db.describing import describe
 from db.session import DatabaseProblem, open_database, reading, writing
 from db.tables import SchemaCompatibility
 
@@ -40,9 +41,11 @@ def upgrade(url: str) -> None:
     try:
         if _fits_later(engine, _revision(engine)):
             return
+        _migrate(url, lambda config: command.upgrade(config, "head"))
+        with writing(engine) as connection:
+            describe(connection)
     finally:
         engine.dispose()
-    _migrate(url, lambda config: command.upgrade(config, "head"))
 
 
 def downgrade(url: str, revision: str) -> None:

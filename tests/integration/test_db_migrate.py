@@ -25,6 +25,15 @@ def test_upgrading_an_empty_database_equals_the_tables(engine: Engine) -> None:
         assert inspect(connection).get_view_names() == ["current_actions"]
 
 
+def test_psql_shows_what_tables_and_columns_mean(postgres_url: str) -> None:
+    engine = open_database(postgres_url)
+    for name in Base.metadata.tables:
+        assert inspect(engine).get_table_comment(name)["text"], name
+    comments = {column["name"]: column["comment"] for column in inspect(engine).get_columns("decisions")}
+    assert comments["queue_ms"] and "millisecond" in comments["queue_ms"]
+    engine.dispose()
+
+
 def test_the_migrated_view_is_the_one_in_the_tables(engine: Engine) -> None:
     # Given a comment whose older text was decided last, one whose decision was overturned twice, and one left alone
     with writing(engine) as connection:
