@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
 from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
-from config.settings import Settings, settings, without_password
+from config.settings import Settings, SettingsError, settings, without_password
+from config.urls import check_broker_url, parse_database_url
 from db.session import DatabaseProblem, open_database, reading, sqlite_file, without_rows, writing
 
 CONNECT_TIMEOUT_S = 3
@@ -55,6 +56,13 @@ def mailbox(exchange: str, broker: BrokerConnection) -> Any:
     return Mailbox(exchange, type="fanout", accept=["json"], serializer="json")(broker)
 
 
+def _checked(argument: str, check: Callable[[str], Answer], url: str) -> Answer:
+    try:
+        return check(url)
+    except ValueError as error:
+        raise SettingsError(f"{argument} is wrong: {error}") from None
+
+
 class Connections:
     """What every part of the client speaks through: its settings, Redis and the database."""
 
@@ -73,11 +81,16 @@ class Connections:
                 Sentinel's broker; from the settings where the broker is.
 
         Raises:
-            SettingsError: they cannot be read.
+            SettingsError: they cannot be read, or a URL is none that can be used.
         """
         if broker_options is None:
             broker_options = {} if broker_url else settings().broker_options.for_celery()
+        if broker_url:
+            _checked("broker_url", check_broker_url, broker_url)
         self._broker_url = broker_url or settings().broker_url
+        if database_url:
+            parsed = _checked("database_url", parse_database_url, database_url)
+            database_url = parsed.render_as_string(hide_password=False)
         self._database_url = database_url or settings().database_url
         self._settings = settings().client
         self._engine = open_database(self._database_url)

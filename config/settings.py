@@ -13,7 +13,7 @@ import ipaddress
 import os
 import re
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,32 +31,33 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from config.files import read_bounded, yaml_trouble
 from config.names import Action
+from config.urls import check_broker_url, parse_database_url
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository; relative paths in settings start here, wherever the command was run."""
 
 PREFIX = "MODERATO_"
 CONFIG_FILE_VARIABLE = "MODERATO_CONFIG"
-ENVIRONMENT = "the environment"
+VARIABLE_ORIGIN = "the variable "
 SECRET_SUFFIX = "_FILE"
 """Of a variable that names the file a setting's value stands in: MODERATO_BROKER_URL_FILE=/run/secrets/broker_url."""
 SECRET_ORIGIN = "the secret file "
+SECRET_SETTINGS = ("broker_url", "database_url", "secret", "sentinel_password")
+"""Whose values no message shows."""
 MAX_SECRET_BYTES = 65_536
 MAX_FILE_BYTES = 1_048_576
 """Of a file of settings."""
 DEFAULT_FILE = ROOT / "config" / "default.yaml"
 OWN_TEST_VARIABLES = frozenset({"MODERATO_TEST_DATABASE_URL"})
-BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)")
+"""Kubernetes puts such variables, and NAME_PORT=tcp://…, into every pod of a namespace: for each of its Services."""
 SENTINEL_TIMEOUT_S = 3
 """For a Sentinel to answer, after which the next is asked."""
 HUB_PREFIX = "hub:"
 """Of a source of training rows that is a dataset of the Hugging Face hub, not a path."""
-DATABASE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg")
 
 
 class SettingsError(Exception):
@@ -87,27 +88,14 @@ def embedded_directory() -> Path:
 def _broker_url(value: str) -> str:
     if value == "embedded":
         return f"redis+socket://{embedded_directory() / 'redis.sock'}"
-    # A Sentinel URL may name several hosts, separated by semicolons.
-    if any(part.partition("://")[0] not in BROKER_SCHEMES for part in value.split(";")):
-        raise ValueError(f"expected embedded, or a URL beginning with {', '.join(s + '://' for s in BROKER_SCHEMES)}")
+    check_broker_url(value)
     return value
 
 
 def _database_url(value: str) -> str:
-    try:
-        url = make_url(value)
-    except ArgumentError:
-        raise ValueError("expected a URL such as sqlite:///var/moderato.db or postgresql://user@host/name") from None
-    if url.drivername not in DATABASE_SCHEMES:
-        raise ValueError(f"expected a URL beginning with {', '.join(s + '://' for s in DATABASE_SCHEMES)}")
+    url = parse_database_url(value)
     if url.drivername == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise ValueError("SQLite needs a file: several processes share the database")
-        url = url.set(database=str(_from_root(Path(url.database))))
-    else:
-        if not re.fullmatch(r"none|\d{1,9}", str(url.query.get("prepare_threshold", "none"))):
-            raise ValueError("prepare_threshold is none, or a number of executions")
-        url = url.set(drivername="postgresql+psycopg")
+        url = url.set(database=str(_from_root(Path(url.database or ""))))
     return url.render_as_string(hide_password=False)
 
 
@@ -178,9 +166,14 @@ class EndpointSettings(Section):
     @field_validator("url")
     @classmethod
     def _check_url(cls, value: str, info: ValidationInfo) -> str:
-        url = urlsplit(value)
+        expected = "expected a URL that begins with https:// or http:// and names a host"
+        try:
+            url = urlsplit(value)
+            _ = url.port
+        except ValueError:  # what it says may quote a password
+            raise ValueError(expected) from None
         if url.scheme not in ("https", "http") or not url.hostname:
-            raise ValueError("expected a URL that begins with https:// or http:// and names a host")
+            raise ValueError(expected)
         if url.scheme == "http" and not info.data.get("allow_http") and not _is_this_machine(url.hostname):
             raise ValueError(
                 "whoever is on the way could read and change what is posted by http://: use https://, or set "
@@ -316,9 +309,9 @@ class TrainerSettings(Section):
 class Settings(Section):
     """Every setting, checked. `broker_url` and `database_url` may hold passwords: log `without_password(...)`."""
 
-    broker_url: BrokerUrl
+    broker_url: BrokerUrl = Field(repr=False)
     broker_options: BrokerOptions
-    database_url: DatabaseUrl
+    database_url: DatabaseUrl = Field(repr=False)
     versions_dir: RootedPath
     policy_file: RootedPath
     log_format: Literal["text", "json"]
@@ -414,7 +407,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     if named := environment.get(CONFIG_FILE_VARIABLE):
         layers.append(_read_yaml(_from_root(Path(named))))
     secrets = secret_files(environment)
-    layers.append((_from_environment(environment, secrets), ENVIRONMENT))
+    layers += _from_environment(environment, secrets)
     layers += [_read_secret(variable, path) for variable, path in secrets.items()]
 
     merged: dict[str, Any] = {}
@@ -422,8 +415,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     for values, name in layers:
         _merge(values, into=merged, origin=origin, name=name, path=())
     for path, name in origin.items():
-        if path[-1] == "secret" and name != ENVIRONMENT and not name.startswith(SECRET_ORIGIN):
-            variable = f"{PREFIX}{'__'.join(path).upper()}"
+        if path[-1] == "secret" and not name.startswith((VARIABLE_ORIGIN, SECRET_ORIGIN)):
+            variable = _variable(path)
             raise SettingsError(
                 f"setting {'.'.join(path)} stands in {name}: a secret comes from the environment only, as {variable} "
                 f"or by {variable}{SECRET_SUFFIX}; take it out of the file, and use another one from now on"
@@ -463,41 +456,58 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     return values, str(path)
 
 
-def _from_environment(environment: Mapping[str, str], secrets: Collection[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _from_environment(environment: Mapping[str, str], secrets: Collection[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Of each variable the one setting it holds, with its sections around it."""
+    plain = set()
     for variable, text in sorted(environment.items()):
-        if not _is_ours(variable) or variable in secrets:
+        if not _is_ours(variable, text) or variable in secrets:
             continue
-        *sections, key = _path(variable)
-        target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
+        path = _path(variable)
+        for length in range(1, len(path)):
+            if path[:length] in plain:
+                section = ".".join(path[:length])
                 raise SettingsError(f"{variable} in the environment needs a section {section}, which is a value there")
         # Lists and mappings are written as in YAML: MODERATO_TRAINER__TRAIN_FILES='[a.csv, b.csv]'. A brace alone does
         # not make a mapping: Redis' key prefixes may begin with one.
         try:
-            target[key] = yaml.safe_load(text) if re.fullmatch(r"\[.*|\{.*: .*\}", text, re.DOTALL) else text
+            value = yaml.safe_load(text) if re.fullmatch(r"\[.*|\{.*: .*\}", text, re.DOTALL) else text
         except yaml.YAMLError as error:
             raise SettingsError(
                 f"{variable} in the environment is no list or mapping as in YAML: {yaml_trouble(error)}"
             ) from None
-    return values
+        if not isinstance(value, dict):
+            plain.add(path)
+        yield _nested(path, value), f"{VARIABLE_ORIGIN}{variable}"
 
 
-def _is_ours(variable: str) -> bool:
-    return variable.startswith(PREFIX) and variable != CONFIG_FILE_VARIABLE and variable not in OWN_TEST_VARIABLES
+def _nested(path: tuple[str, ...], value: Any) -> Any:
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def _is_ours(variable: str, text: str) -> bool:
+    if not variable.startswith(PREFIX) or variable == CONFIG_FILE_VARIABLE or variable in OWN_TEST_VARIABLES:
+        return False
+    from_kubernetes = SERVICE_LINK.fullmatch(variable) or (
+        variable.endswith("_PORT") and re.match(r"(tcp|udp|sctp)://", text)
+    )
+    return not from_kubernetes or _is_setting(_path(variable))
 
 
 def _path(variable: str) -> tuple[str, ...]:
     return tuple(variable.removeprefix(PREFIX).lower().split("__"))
 
 
+def _variable(path: tuple[str, ...]) -> str:
+    return f"{PREFIX}{'__'.join(path).upper()}"
+
+
 def secret_files(environment: Mapping[str, str]) -> dict[str, Path]:
     """The files that variables name for a setting's value. MODERATO_POLICY_FILE is none: that is itself a setting."""
     found = {}
     for variable, path in sorted(environment.items()):
-        if not _is_ours(variable) or not variable.endswith(SECRET_SUFFIX) or _is_setting(_path(variable)):
+        if not _is_ours(variable, path) or not variable.endswith(SECRET_SUFFIX) or _is_setting(_path(variable)):
             continue
         if (value := variable.removesuffix(SECRET_SUFFIX)) in environment:
             raise SettingsError(f"{value} and {variable} are both set in the environment; unset one of them")
@@ -519,10 +529,7 @@ def _read_secret(variable: str, path: Path) -> tuple[dict[str, Any], str]:
         raise SettingsError(f"{trouble}is not UTF-8 text") from None
     if not secret:
         raise SettingsError(f"{trouble}is empty; write the value into it, and nothing else")
-    values: Any = secret
-    for part in reversed(_path(variable.removesuffix(SECRET_SUFFIX))):
-        values = {part: values}
-    return values, f"{SECRET_ORIGIN}{path}"
+    return _nested(_path(variable.removesuffix(SECRET_SUFFIX)), secret), f"{SECRET_ORIGIN}{path} ({variable})"
 
 
 def _merge(
@@ -553,13 +560,17 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> s
         if problem["type"] == "extra_forbidden":
             allowed = _keys_beside(path)
             near = difflib.get_close_matches(path[-1], allowed, n=1)
+            if near and where == f"{VARIABLE_ORIGIN}{_variable(path)}":
+                near = [_variable((*path[:-1], near[0]))]
             hint = f"did you mean {near[0]}? " if near else ""
             lines.append(f"unknown setting {key} in {where}; {hint}allowed here: {', '.join(allowed)}")
         elif problem["type"] == "missing":
-            lines.append(f"setting {key} is missing in {where}")  # what stands beside it may be a secret
+            lines.append(
+                f"setting {key} is missing; {where} sets others beside it"
+            )  # what stands beside it may be a secret
         else:
-            # A URL that could not be parsed may still hold a password, and whatever a secret file holds is one.
-            is_secret = path[-1] in ("secret", "sentinel_password") or where.startswith(SECRET_ORIGIN)
+            # A URL that cannot be parsed may hold a password anywhere, and whatever a secret file holds is one.
+            is_secret = path[-1] in SECRET_SETTINGS or where.startswith(SECRET_ORIGIN)
             value = "***" if is_secret else without_password(repr(problem["input"]))
             lines.append(f"setting {key} = {value} in {where} is wrong: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)

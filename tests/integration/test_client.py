@@ -179,6 +179,17 @@ class TestSubmitting:
         producer.submit("hello", queue="toxicity-news")
         assert len(received(redis_url, "toxicity-news")) == 1
 
+    @pytest.mark.parametrize(
+        ("broker_url", "database_url"),
+        [("redis://:sec/ret@h/0", None), ("redis://:123#ret@h/0", None), ("redis://h/0", "postgres://me:sec@ret@h/x")],
+    )
+    def test_a_url_that_cannot_be_read_is_refused_and_not_shown(
+        self, broker_url: str, database_url: str | None
+    ) -> None:
+        with pytest.raises(SettingsError) as refused:
+            ModerationClient(broker_url, database_url)
+        assert not [part for part in ("sec", "ret@", "123") if part in str(refused.value)]
+
     def test_a_broker_that_is_not_there_is_named_without_its_password(self, empty_sqlite_url: str) -> None:
         # Given a Redis that nobody started
         with ModerationClient(NOWHERE, empty_sqlite_url) as client, pytest.raises(BrokerUnavailable) as raised:

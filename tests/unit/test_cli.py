@@ -281,7 +281,7 @@ class TestMistakes:
             check=False,
         )
         assert done.returncode == 1
-        assert done.stderr.startswith("moderato: unknown setting broker in the environment; did you mean broker_url?")
+        assert done.stderr.startswith("moderato: unknown setting broker in the variable MODERATO_BROKER; did you mean ")
 
 
 def test_every_setting_of_the_trainer_is_an_option_with_its_default_and_the_reason() -> None:

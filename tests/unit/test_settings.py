@@ -61,6 +61,26 @@ class TestLayers:
         others = {"PATH": "/bin", "MODERATOR": "x", "MODERATO_TEST_DATABASE_URL": "postgresql://db/x"}
         assert load_settings(others) == load_settings({})
 
+    def test_what_kubernetes_says_of_its_services_is_left_alone(self) -> None:
+        # Given the variables of Services named moderato and moderato-redis, with ports named http and file
+        service_links = {
+            "MODERATO_SERVICE_HOST": "10.96.12.7",
+            "MODERATO_SERVICE_PORT": "80",
+            "MODERATO_SERVICE_PORT_HTTP": "80",
+            "MODERATO_SERVICE_PORT_FILE": "81",
+            "MODERATO_PORT": "tcp://10.96.12.7:80",
+            "MODERATO_REDIS_SERVICE_HOST": "10.96.12.8",
+            "MODERATO_REDIS_PORT": "udp://10.96.12.8:6379",
+            "MODERATO_REDIS_PORT_6379_TCP": "tcp://10.96.12.8:6379",
+            "MODERATO_REDIS_PORT_6379_TCP_PROTO": "tcp",
+            "MODERATO_REDIS_PORT_6379_TCP_PORT": "6379",
+            "MODERATO_REDIS_PORT_6379_TCP_ADDR": "10.96.12.8",
+        }
+        assert load_settings(service_links) == load_settings({})
+        # Then a setting that ends as they do is a setting still
+        assert load_settings({"MODERATO_METRICS__WORKER_PORT": "7000"}).metrics.worker_port == 7000
+        assert "metrics.worker_port" in complaint({"MODERATO_METRICS__WORKER_PORT": "tcp://10.96.12.7:80"})
+
 
 class TestMistakes:
     def test_an_unknown_key_is_named_with_its_place_and_the_nearest(self, file: Path) -> None:
@@ -69,9 +89,21 @@ class TestMistakes:
         assert said.startswith(f"unknown setting worker.thread in {file}; did you mean threads? allowed here: ")
         assert "max_batch_tokens" in said
 
-    def test_an_unknown_variable_is_named(self) -> None:
-        said = complaint({"MODERATO_BROKER": "redis://localhost"})
-        assert said.startswith("unknown setting broker in the environment; did you mean broker_url? allowed here: ")
+    @pytest.mark.parametrize(
+        ("variable", "value", "nearest"),
+        [
+            ("MODERATO_BROKER", "redis://localhost", "MODERATO_BROKER_URL"),
+            ("MODERATO_METRICS__WORKR_PORT", "7000", "MODERATO_METRICS__WORKER_PORT"),
+            ("MODERATO_PORT", "7000", None),
+            ("MODERATO_SERVICE_HOSTS", "10.96.12.7", None),
+        ],
+    )
+    def test_an_unknown_variable_is_named_with_the_nearest(
+        self, variable: str, value: str, nearest: str | None
+    ) -> None:
+        said = complaint({variable: value})
+        assert variable in said
+        assert (f"did you mean {nearest}?" in said) == bool(nearest)
 
     def test_a_wrong_value_is_named_with_what_is_allowed(self, file: Path) -> None:
         file.write_text("worker:\n  device: tpu\n")
@@ -81,7 +113,7 @@ class TestMistakes:
     def test_a_value_out_of_bounds_is_named_with_the_bound(self) -> None:
         said = complaint({"MODERATO_WORKER__VISIBILITY_TIMEOUT_S": "1"})
         assert said == (
-            "setting worker.visibility_timeout_s = '1' in the environment is wrong: "
+            "setting worker.visibility_timeout_s = '1' in the variable MODERATO_WORKER__VISIBILITY_TIMEOUT_S is wrong: "
             "Input should be greater than or equal to 3"
         )
 
@@ -132,10 +164,10 @@ class TestEndpointsOfWebhooks:
         # Given a secret that is too short, and one of an endpoint that is not there
         file.write_text(self.MAPPING % "")
         said = complaint({"MODERATO_CONFIG": str(file), self.SECRET_VARIABLE: "whsec_eHh4"})
-        assert "webhooks.endpoints.news.secret = *** in the environment is wrong: expected whsec_" in said
+        assert f"webhooks.endpoints.news.secret = *** in the variable {self.SECRET_VARIABLE} is wrong: " in said
         assert "eHh4" not in said
         said = complaint({self.SECRET_VARIABLE: self.SECRET})
-        assert "setting webhooks.endpoints.news.url is missing in the environment" in said
+        assert "setting webhooks.endpoints.news.url is missing" in said
         assert "eHh4" not in said
 
     @pytest.mark.parametrize(
@@ -146,11 +178,20 @@ class TestEndpointsOfWebhooks:
         assert load_settings({"MODERATO_WEBHOOKS__ENDPOINTS": endpoint}).webhooks.endpoints["news"].url == url
 
     @pytest.mark.parametrize(
-        "url", ["http://a.example", "http://127.0.0.1.example", "ftp://a.example", "https://", "a"]
+        "url",
+        [
+            "http://a.example",
+            "http://127.0.0.1.example",
+            "ftp://a.example",
+            "https://",
+            "a",
+            "https://a:b",
+            "https://[a",
+        ],
     )
     def test_an_address_that_is_refused(self, url: str) -> None:
         said = complaint({"MODERATO_WEBHOOKS__ENDPOINTS": f"{{news: {{url: '{url}', min_action: allow}}}}"})
-        assert said.startswith(f"setting webhooks.endpoints.news.url = '{url}' in the environment is wrong: ")
+        assert said.startswith(f"setting webhooks.endpoints.news.url = '{url}' in the variable ")
 
     def test_http_where_it_is_allowed(self) -> None:
         endpoint = "{news: {url: 'http://a.example', min_action: allow, allow_http: true}}"
@@ -159,7 +200,8 @@ class TestEndpointsOfWebhooks:
     def test_a_key_within_an_endpoint_that_is_unknown(self) -> None:
         said = complaint({"MODERATO_WEBHOOKS__ENDPOINTS": "{news: {url: 'https://a', min_actions: hide}}"})
         assert (
-            "unknown setting webhooks.endpoints.news.min_actions in the environment; did you mean min_action?" in said
+            "unknown setting webhooks.endpoints.news.min_actions in the variable MODERATO_WEBHOOKS__ENDPOINTS; "
+            "did you mean min_action?" in said
         )
 
 
@@ -177,7 +219,12 @@ class TestUrls:
             "redis://localhost:6379/0",
             "rediss://user:secret@redis.example/1",
             "redis+socket:///run/redis.sock",
+            "redis+socket://me:secret@/run/redis.sock?virtual_host=3",
             "sentinel://a.example:26379;sentinel://b.example:26379",
+            "redis://me:p%2Fa%23s%3Fs%5B%25@[::1]:6379/15",
+            "redis://:p@ss@localhost",
+            "redis://",
+            "rediss://a.example?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca.pem",
         ],
     )
     def test_every_form_of_broker_is_taken_as_it_is(self, url: str) -> None:
@@ -187,8 +234,9 @@ class TestUrls:
     def test_another_broker_is_refused(self, url: str) -> None:
         assert "expected embedded, or a URL beginning with redis://" in complaint({"MODERATO_BROKER_URL": url})
 
-    def test_postgresql_gets_its_driver_and_keeps_its_password(self) -> None:
-        settings = load_settings({"MODERATO_DATABASE_URL": "postgresql://user:p%40ss@db.example/moderato"})
+    @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+    def test_postgresql_gets_its_driver_and_keeps_its_password(self, scheme: str) -> None:
+        settings = load_settings({"MODERATO_DATABASE_URL": f"{scheme}://user:p%40ss@db.example/moderato"})
         assert settings.database_url == "postgresql+psycopg://user:p%40ss@db.example/moderato"
 
     def test_sqlite_outside_the_repository_stays_where_it_is(self, tmp_path: Path) -> None:
@@ -243,6 +291,69 @@ class TestPasswords:
         said = complaint({variable: url})
         assert "secret" not in said
         assert "***" in said
+
+    @pytest.mark.parametrize(
+        ("setting", "url"),
+        [
+            *(
+                ("BROKER_URL", url)
+                for url in (
+                    "redis://:S3c/R3t@h:6379/0",
+                    "redis://:S3c#R3t@h:6379/0",
+                    "redis://:S3c?R3t@h:6379/0",
+                    "redis://:S3c[R3t@h:6379/0",
+                    "redis://:S3c;R3t@h:6379/0",
+                    "redis://:S3c\u2100R3t@h:6379/0",  # NFKC makes a/c of it
+                    "redis://:S3c@R3t/S3c@h:6379/0",
+                    "redis://:12345/R3t@h:6379/0",
+                    "redis://:12345#R3t@h:6379/0",
+                    "redis://:12345?R3t@h:6379/0",
+                    "redis+socket://:S3c#R3t@/run/redis.sock",
+                    "redis+socket://R3t/run/redis.sock",
+                    "sentinel://:S3c@a:26379;sentinel://:S3c/R3t@b:26379",
+                    "rediss://:S3c@h/0?ssl_cert_reqs=bogus",
+                    "redis://:S3c@h/0?bogus=1",
+                    "redis://:S3c@h:port/0",
+                    "redis://:S3c@h:99999/0",
+                    "redis://:S3c@h:6379/mydb",
+                    "redis://:S3c@h:6379/0/",
+                    "S3cR3t",
+                )
+            ),
+            *(
+                ("DATABASE_URL", url)
+                for url in (
+                    "postgresql://me:S3c@R3t@h/x",
+                    "postgresql://me:S3c@h/x?R3t@h/x",
+                    "postgresql://R3t:S3c:R3t/S3c",
+                    "postgresql://me:S3c@h:port/x",
+                    "S3cR3t",
+                )
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("is_file", [False, True])
+    def test_a_url_that_cannot_be_read_is_told_in_a_line_that_shows_nothing_of_it(
+        self, setting: str, url: str, is_file: bool, tmp_path: Path
+    ) -> None:
+        variable = f"MODERATO_{setting}"
+        if is_file:
+            secret = tmp_path / "secret"
+            secret.write_text(url)
+            said = complaint({f"{variable}_FILE": str(secret)})
+        else:
+            said = complaint({variable: url})
+        assert variable in said
+        assert "\n" not in said
+        assert not [part for part in ("S3c", "R3t", "12345", "port/", "mydb") if part in said]
+
+    def test_settings_are_represented_without_their_urls(self) -> None:
+        urls = {
+            "MODERATO_BROKER_URL": "redis://:secret@h/0",
+            "MODERATO_DATABASE_URL": "postgres://me:secret@h/x",
+            "MODERATO_BROKER_OPTIONS__SENTINEL_PASSWORD": "secret",
+        }
+        assert "secret" not in repr(load_settings(urls)).replace("secret=", "")
 
     def test_a_line_that_is_not_yaml_is_not_quoted(self, file: Path) -> None:
         # Given a file with a password in the very line that YAML cannot read
