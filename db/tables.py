@@ -458,5 +458,5 @@ WHERE newest = 1
 """
 """The view `current_actions`: what holds for each comment now: the newest submission's action, after reviews.
 
-The newest is the one submitted last, not the one decided last: a text that waited, or was retried, stays behind the text
-that replaced it."""
+The newest is the one submitted last, not the one decided last: a text that waited, or was retried, stays behind the
+text that replaced it."""
