@@ -1,5 +1,7 @@
 """Ids that belong to a community, dead letters that keep their place in time, and the newest submission's action."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -10,7 +12,7 @@ depends_on = None
 oldest_compatible = "0002"
 """It only adds. Rows of older releases keep their ids."""
 
-NEW_COLUMNS = {
+NEW_COLUMNS: dict[str, dict[str, Any]] = {
     "submissions": {"name": sa.String(200)},
     "dead_letters": {"name": sa.String(200), "submitted_at": sa.DateTime(timezone=True)},
 }
