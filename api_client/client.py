@@ -12,6 +12,7 @@ from api_client.reading import Reader
 from api_client.submitting import Producer
 from api_client.waiting import SetAside, Verdict, WaitTimeout
 from api_client.watching import Watcher
+from config.queues import UnknownQueue
 
 __all__ = [
     "BrokerUnavailable",
@@ -24,6 +25,7 @@ __all__ = [
     "SetAside",
     "SubmissionIds",
     "TryLater",
+    "UnknownQueue",
     "Verdict",
     "WaitTimeout",
 ]

@@ -27,6 +27,7 @@ from api_client.publishing import ask, push
 from api_client.retrying import NotRetryable, comments_of
 from api_client.waiting import SetAside, Verdict, WaitTimeout, verdict_of, wait_for_verdict, wait_until_found
 from config.names import ANSWER_TO_HEADER, ENQUEUED_AT_HEADER, MODERATE_QUEUE, SUBMITTED_AT_HEADER, Reason
+from config.queues import check_queue, known_queue
 from db import dead_letters, queries
 from db.dead_letters import AlreadyDecided
 from db.durable import database_time, record_pending
@@ -84,8 +85,8 @@ class Producer(Connections):
             context: up to 4 KiB of JSON, stored beside the decision and never scored.
             idempotency_key: names this submission, so that the same one sent twice is decided once.
             store_text: false keeps the text out of the database.
-            queue: `toxicity.interactive` where the author waits for the decision, `toxicity.bulk` where it may wait.
-                Only a worker whose `-Q` names a queue takes from it.
+            queue: `toxicity`, `toxicity.interactive` where the author waits for the decision, or `toxicity.bulk` where
+                it may wait. Only a worker whose `-Q` names a queue takes from it.
             durable: commit it to the database before it is a message, so that it is decided even where Redis is away
                 now or loses everything later; from the settings where it is not given.
 
@@ -94,6 +95,7 @@ class Producer(Connections):
 
         Raises:
             InvalidComment: what would not be taken; or a durable submission's idempotency key belongs to another text.
+            UnknownQueue: `queue` is none of the three.
             QueueFull: too many messages wait already.
             RateLimited: the community has submitted all that it may for now.
         """
@@ -109,6 +111,7 @@ class Producer(Connections):
             "idempotency_key": idempotency_key,
             "store_text": store_text,
         }
+        check_queue(queue)
         durable = self._settings.durable if durable is None else durable
         return self._send([checked_form(comment, durable)], queue, durable, SubmissionIds())[0]
 
@@ -131,8 +134,9 @@ class Producer(Connections):
         Raises:
             WaitTimeout: there is no decision in time. It may still come: `submission_ids` says under which id.
             SetAside: the comment became a dead letter, such as one that expired.
-            InvalidComment, QueueFull, RateLimited: as `submit`; the idempotency key of another text, too.
+            InvalidComment, QueueFull, RateLimited, UnknownQueue: as `submit`; the idempotency key of another text, too.
         """
+        check_queue(queue)
         durable = self._settings.durable if durable is None else durable
         form = checked_form({**comment, "text": text}, durable)
         with self._answer_lines.borrow() as line:
@@ -188,7 +192,9 @@ class Producer(Connections):
         Raises:
             InvalidComment: a comment would not be taken; the message says which. Those before it are sent.
             QueueFull, RateLimited: as `submit`. The steps before are sent, as `on_sent` was told.
+            UnknownQueue: as `submit`; no comment was read.
         """
+        check_queue(queue)
         ids = SubmissionIds()
         durable = self._settings.durable if durable is None else durable
         for batch in round_trips(comments, durable):
@@ -279,9 +285,9 @@ class Producer(Connections):
             letter = dead_letters.by_id(connection, [dead_letter_id]).get(dead_letter_id)
             if letter is None or reason not in (None, letter.reason):
                 raise NotRetryable("there is no such dead letter")
-            comments, now = comments_of(letter), database_time(connection)
+            comments, now, queue = comments_of(letter), database_time(connection), known_queue(letter.queue)
             # Its first time in the queue says nothing of how long it waits now.
-            rows = [pending_submission(form, submission_id, letter.queue, now, now) for submission_id, form in comments]
+            rows = [pending_submission(form, submission_id, queue, now, now) for submission_id, form in comments]
             if not dead_letters.take_back(connection, dead_letter_id, rows):
                 raise NotRetryable("somebody else has just retried or deleted it")
         messages = in_messages([form for _, form in comments])
@@ -289,7 +295,7 @@ class Producer(Connections):
 
         def publish() -> None:
             with self._connections.acquire(block=True) as broker:
-                push(self._app, broker, letter.queue, messages, own_headers)
+                push(self._app, broker, queue, messages, own_headers)
 
         self._if_broker_is_there(publish)
         return [submission_id for submission_id, _ in comments]

@@ -403,10 +403,10 @@ class System:
             stack.callback(self.engine.dispose)
             self.client = ModerationClient(broker_url, self.database_url)
             stack.callback(self.client.close)
-            self.client.submit("x", queue=PATTERN)
-            pattern = self.redis.rpop(PATTERN)
+            self.client.submit("x")
+            pattern = self.redis.rpop(MODERATE_QUEUE)
             assert isinstance(pattern, bytes)
-            self.envelopes = Envelopes(pattern.replace(PATTERN.encode(), MODERATE_QUEUE.encode()))
+            self.envelopes = Envelopes(pattern)
             self.versions_dir = self._servers.folder / f"versions-{number}"
             self.versions_dir.mkdir()
             environment = {

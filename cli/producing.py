@@ -44,7 +44,7 @@ def submit(
     queue: Annotated[
         str,
         typer.Option(
-            help=f"{INTERACTIVE_QUEUE} where the author waits for the decision, {BULK_QUEUE} where it may wait. "
+            help=f"{MODERATE_QUEUE}, {INTERACTIVE_QUEUE} where the author waits, or {BULK_QUEUE} where it may wait. "
             "Only a worker whose -Q names a queue takes from it."
         ),
     ] = MODERATE_QUEUE,

@@ -32,8 +32,6 @@ from config.names import (
     DECIDED_CHANNEL,
     MAX_ANSWER_TOKEN_CHARS,
     MAX_COMMENTS_PER_MESSAGE,
-    MAX_ID_CHARS,
-    MODERATE_QUEUE,
     PIPELINE_STATS,
     SUBMITTED_AT_HEADER,
     Reason,
@@ -260,7 +258,7 @@ class Intake(bootsteps.StartStopStep):
         assert self._pipeline is not None
         now = clock.now()
         parsed, acknowledge = _parse(message, now), message.ack
-        queue, submitted_at = _queue_name(message.delivery_info), _submitted_at(message.headers, now)
+        queue, submitted_at = message.queue, _submitted_at(message.headers, now)
         if message.returns:
             self.redelivered += 1
         if message.returns >= SUSPECT_RETURNS and len(parsed.submitted) > 1:
@@ -447,11 +445,3 @@ def _answer_to(headers: Mapping[str, Any]) -> str | None:
     if isinstance(token, str) and re.fullmatch(f"[A-Za-z0-9-]{{1,{MAX_ANSWER_TOKEN_CHARS}}}", token):
         return token
     return None
-
-
-def _queue_name(delivery_info: Mapping[str, Any]) -> str:
-    """As the envelope says, which a producer wrote."""
-    name = delivery_info.get("routing_key")
-    if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_ID_CHARS:
-        return name
-    return MODERATE_QUEUE

@@ -40,6 +40,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, WORKER_UNACKED_KEY
+from config.queues import known_queue
 from db.outage import Outage
 from worker import clock
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
@@ -181,7 +182,7 @@ class Delivery(NamedTuple):
 
 def preference(queue: str) -> int:
     """A queue's rank: 0 is taken from first. Queues of other names than ours are equal to the ordinary one."""
-    return MODERATE_QUEUES.index(queue if queue in MODERATE_QUEUES else MODERATE_QUEUE)
+    return MODERATE_QUEUES.index(known_queue(queue))
 
 
 def first_turns(ranks: int, taken: int, room: int) -> list[int]:
@@ -198,6 +199,9 @@ def first_turns(ranks: int, taken: int, room: int) -> list[int]:
 class Message(virtual.Message):
     """A message whose construction cannot fail, whatever a producer sent: see `malformed_envelope`."""
 
+    queue = MODERATE_QUEUE
+    """The list that FETCH took it from. What the envelope says of that is a producer's word, and counts for nothing:
+    by this name a message is ranked, counted, and put back when an operator retries it."""
     returns = 0
     """How often it came back because its worker died, or stood still for longer than its lease."""
 
@@ -213,10 +217,8 @@ class Message(virtual.Message):
             envelope = malformed_envelope(payload.raw, str(reason))
         properties = envelope["properties"]
         properties["delivery_tag"] = payload.tag
-        delivery_info = properties.get("delivery_info")
-        if not isinstance(delivery_info, dict):
-            delivery_info = properties["delivery_info"] = {"exchange": "", "routing_key": payload.queue}
-        self.returns = payload.returns
+        properties["delivery_info"] = delivery_info = {"exchange": "", "routing_key": payload.queue}
+        self.queue, self.returns = payload.queue, payload.returns
         # Not by way of virtual.Message, which would decode the body once more.
         KombuMessage.__init__(
             self,

@@ -124,6 +124,7 @@ class TestSubmitting:
     def test_another_queue(self, moderato: Moderato, client: ModerationClient) -> None:
         moderato("submit", "one", "--queue", "toxicity.bulk")
         assert client.activity().queue_depths == {"toxicity.interactive": 0, "toxicity": 0, "toxicity.bulk": 1}
+        assert "'toxicity.bulk'" in moderato("submit", "two", "--queue", "toxicity.blk", status=1).stderr
 
     def test_json_lines_from_standard_input(self, moderato: Moderato) -> None:
         lines = '{"text": "one", "idempotency_key": "my-1"}\n\n"two"\n'

@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import RFC_4122, UUID
@@ -31,12 +32,13 @@ from api_client.client import (
     ModerationClient,
     NothingToRollBack,
     RefusedByGate,
+    UnknownQueue,
     WaitTimeout,
 )
 from api_client.connecting import MAX_CONNECTIONS
 from api_client.limits import Limits, QueueFull, RateLimited, TryLater
 from api_client.publishing import ask, new_task_id, push
-from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, MODERATE_QUEUES, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError, settings
 from db import queries
 from db.durable import overdue
@@ -175,9 +177,29 @@ class TestSubmitting:
             producer.submit(" ")
         assert received(redis_url) == []
 
-    def test_another_queue(self, producer: ModerationClient, redis_url: str) -> None:
-        producer.submit("hello", queue="toxicity-news")
-        assert len(received(redis_url, "toxicity-news")) == 1
+    @pytest.mark.parametrize(
+        ("queue", "meant"),
+        [("toxicty", "toxicity"), ("bulk", "toxicity.bulk"), ("retrain", None), ("", None)],
+    )
+    def test_a_queue_that_no_worker_takes_from_is_refused(
+        self, producer: ModerationClient, redis_url: str, queue: str, meant: str | None
+    ) -> None:
+        # When comments are submitted to it, in any of the three ways, or none at all
+        for submit in (
+            partial(producer.submit, "hello"),
+            partial(producer.submit, "hello", durable=True),
+            partial(producer.moderate, "hello", timeout_s=1),
+            partial(producer.submit_many, ["hello"]),
+            partial(producer.submit_many, []),
+        ):
+            # Then the error names the three, and which one may be meant
+            with pytest.raises(UnknownQueue) as refused:
+                submit(queue=queue)
+            assert all(known in str(refused.value) for known in MODERATE_QUEUES)
+            assert (refused.value.queue, refused.value.meant) == (queue, meant)
+        # And nothing of them is in Redis
+        assert producer.activity().queue_depths == dict.fromkeys(MODERATE_QUEUES, 0)
+        assert not queue or received(redis_url, queue) == []
 
     @pytest.mark.parametrize(
         ("broker_url", "database_url"),

@@ -72,13 +72,14 @@ class TestRetry:
     def test_a_comment_and_a_message_are_on_their_way_again(
         self, client: ModerationClient, redis_url: str, database_url: str, engine: Engine
     ) -> None:
-        # Given letters of a comment that expired, of one that was a durable submission, and of a whole message
+        # Given letters of a comment that expired, of one that was a durable submission, and of a whole message that an
+        # older release noted under a queue of which no moderation worker takes
         message = [[[{"text": f"{n}", "idempotency_key": "same"} for n in range(300)]], {}, {}]
         decide(
             database_url,
             letters=[
                 holding("m:0", WHOLE_COMMENT, queue="toxicity.bulk"),
-                holding("long", message, reason="too_many_comments"),
+                holding("long", message, reason="too_many_comments", queue="retrain"),
             ],
         )
         with writing(engine) as connection:

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 from celery.worker import state as worker_state
-from hypothesis import given
-from hypothesis import strategies as st
 
-from config.names import ANSWER_TO_HEADER, MODERATE_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
-from worker.envelope import malformed_envelope
-from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _queue_name, _submitted_at
-from worker.transport import UNREAD_RETURNS
+from config.names import ANSWER_TO_HEADER, BULK_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
+from worker.envelope import malformed_envelope, write_envelope
+from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _submitted_at
+from worker.transport import UNREAD_RETURNS, Delivery, Message
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -101,19 +99,10 @@ def test_only_the_message_that_is_named_is_revoked(other: object) -> None:
         worker_state.revoked.discard("m1")
 
 
-@given(
-    st.dictionaries(
-        st.just("routing_key"), st.none() | st.integers() | st.text(st.characters(), max_size=300) | st.lists(st.none())
-    )
-)
-def test_any_queue_name_can_be_stored_and_shown(delivery_info: dict[str, Any]) -> None:
-    name = _queue_name(delivery_info)
-    assert 0 < len(name) <= 200
-    assert name.isprintable()
-    name.encode()
-
-
-def test_a_queue_is_known_by_its_name() -> None:
-    assert _queue_name({"routing_key": "toxicity.news"}) == "toxicity.news"
-    assert _queue_name({"routing_key": "a\nb"}) == MODERATE_QUEUE
-    assert _queue_name({}) == MODERATE_QUEUE
+@pytest.mark.parametrize("sent", [b"{", None], ids=["unreadable", "sound"])
+def test_a_message_is_of_the_list_it_was_taken_from(sent: bytes | None) -> None:
+    # Given a message whose envelope names another queue, one that workers do not even take from
+    raw = sent or write_envelope({"task": MODERATE_TASK, "id": "m1"}, b"[[[]], {}, {}]", "retrain")
+    message = Message(Delivery("tag", BULK_QUEUE, raw, 0))
+    # Then where it goes, is counted and comes back to is the list that it lay in
+    assert (message.queue, message.delivery_info["routing_key"]) == (BULK_QUEUE, BULK_QUEUE)
