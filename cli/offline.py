@@ -1,6 +1,7 @@
 """Scoring without a queue: `moderato score`, and what other commands score with."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def score(
     rows = 0
     try:
         with (
+            warnings.catch_warnings(action="error", category=pd.errors.ParserWarning),
             source.open("rb") as read,
             _written_whole(target) as written,
             progress(f"scoring {source.name}", source.stat().st_size) as update,
@@ -64,6 +66,8 @@ def score(
                 dtype=str,
                 keep_default_na=False,
                 encoding="utf-8-sig",
+                # Otherwise pandas takes the first column for row names where the first row has more fields than the header.
+                index_col=False,
                 chunksize=ROWS_PER_CHUNK,
                 compression="gzip" if source.suffix == ".gz" else None,
             )
@@ -74,7 +78,7 @@ def score(
                 )
                 rows += len(frame)
                 update(read.tell(), note=f"{rows:,} rows")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
     say(f"{rows:,} rows in {target}")
 

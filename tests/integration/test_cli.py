@@ -553,6 +553,16 @@ class TestOffline:
         assert "has a column 'toxic' already, which would be overwritten" in done.stderr
         assert not target.exists()
 
+    @pytest.mark.parametrize("row", ["1,You are an idiot,", "1,hello, you idiot"])
+    def test_scoring_shifts_no_row_that_has_more_fields_than_the_header(
+        self, moderato: Moderato, tmp_path: Path, row: str
+    ) -> None:
+        source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+        source.write_text(f"id,comment_text\n{row}\n")
+        done = moderato("score", str(source), str(target), "--version", VERSION, status=1)
+        assert str(source) in done.stderr and "Traceback" not in done.stderr
+        assert not target.exists()
+
     def test_scoring_needs_the_text_column(self, moderato: Moderato, tmp_path: Path) -> None:
         (tmp_path / "in.csv").write_text("body\nhello\n")
         done = moderato("score", str(tmp_path / "in.csv"), str(tmp_path / "out.csv"), "--version", VERSION, status=1)
