@@ -66,7 +66,7 @@ def score(
                 dtype=str,
                 keep_default_na=False,
                 encoding="utf-8-sig",
-                # Otherwise pandas takes the first column for row names where the first row has more fields than the header.
+                # Otherwise pandas takes the first column for row names where the first row has too many fields.
                 index_col=False,
                 chunksize=ROWS_PER_CHUNK,
                 compression="gzip" if source.suffix == ".gz" else None,
@@ -78,7 +78,13 @@ def score(
                 )
                 rows += len(frame)
                 update(read.tell(), note=f"{rows:,} rows")
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+    except (
+        pd.errors.ParserError,
+        pd.errors.ParserWarning,
+        pd.errors.EmptyDataError,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
         raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
     say(f"{rows:,} rows in {target}")
 

@@ -14,6 +14,7 @@ import typer
 
 from cli.terminal import Problem, err, print_json, progress, say, user
 from cli.trainer_options import Recipe, chosen_settings
+from cli.versions import new_version_name
 
 if TYPE_CHECKING:
     from api_client.client import ModerationClient
@@ -56,7 +57,10 @@ def retrain(
 
 def train(
     ctx: typer.Context,
-    name: Annotated[str, typer.Option(help="Name of the new version.")],
+    name: Annotated[
+        str,
+        typer.Option(help="Name of the new version: letters, digits, '.', '_' and '-'.", callback=new_version_name),
+    ],
     parent: Annotated[str | None, typer.Option("--from", help="Fine-tune this version further.")] = None,
     config: Recipe = None,
     resume: Annotated[
@@ -80,8 +84,8 @@ def train(
 
     chosen = chosen_settings(ctx.obj, config)
     directory = (output or settings().versions_dir / name).absolute()
-    if directory.exists():
-        raise Problem(f"{directory} exists, and versions are never overwritten: take another name")
+    if os.path.lexists(directory):
+        raise Problem(f"{directory} exists, and versions are never overwritten: take another --output")
     # Of the processes of a torchrun; the others do their share unheard.
     is_first = int(os.environ.get("RANK", "0")) == 0
     err.quiet = not is_first

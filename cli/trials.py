@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.terminal import out, print_json, say, shorten, shown, user
-from cli.versions import register_from_disk
+from cli.versions import VersionName, register_from_disk
 
 if TYPE_CHECKING:
     from db.trials import Kind, ReviewedSide, ShadowComparison, Side, TrialRow
@@ -22,7 +22,6 @@ canary = typer.Typer(
 shadow = typer.Typer(help="Score beside the active version without acting on it, and compare.", no_args_is_help=True)
 ab = typer.Typer(help="Let two versions decide, and compare what reviewers make of it.", no_args_is_help=True)
 
-Version = Annotated[str, typer.Argument(help="As `moderato models` lists it, or in the versions directory.")]
 Share = Annotated[float, typer.Option(min=0.01, max=100, help="Of the submissions, in percent.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where the gate refused it.")]
@@ -33,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
 @canary.command("start")
-def start_canary(version: Version, share: Share = 5.0, reason: Reason = "by hand", force: Force = False) -> None:
+def start_canary(version: VersionName, share: Share = 5.0, reason: Reason = "by hand", force: Force = False) -> None:
     """Let a version decide a share of the submissions; the section `trial` of the settings bounds it.
 
     Example: moderato canary start v20261122-160501-1f2e3d4c --share 5
@@ -107,7 +106,7 @@ def stop_canary(reason: Reason = "by hand") -> None:
 
 
 @shadow.command("start")
-def start_shadow(version: Version, share: Share = 100.0, reason: Reason = "by hand", force: Force = False) -> None:
+def start_shadow(version: VersionName, share: Share = 100.0, reason: Reason = "by hand", force: Force = False) -> None:
     """Score a share of the submissions with a second version, when the engine has time. Nothing is done by it.
 
     Example: moderato shadow start v20261122-160501-1f2e3d4c
@@ -164,7 +163,7 @@ def stop_shadow(reason: Reason = "by hand") -> None:
 
 
 @ab.command("start")
-def start_ab(version: Version, share: Share = 50.0, reason: Reason = "by hand", force: Force = False) -> None:
+def start_ab(version: VersionName, share: Share = 50.0, reason: Reason = "by hand", force: Force = False) -> None:
     """Let a second version decide a share of the submissions, whatever comes of it.
 
     Example: moderato ab start v20261122-160501-1f2e3d4c --share 50

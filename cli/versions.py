@@ -16,6 +16,27 @@ if TYPE_CHECKING:
     from db.trials import TrialRow
 
 
+def version_name(version: str) -> str:
+    """A version's name, checked while the options are parsed."""
+    from model.version import checked_name
+
+    return checked_name(version)
+
+
+def new_version_name(version: str) -> str:
+    """The name of a version that is to be made, checked before hours are spent on it."""
+    from config.settings import settings
+    from model.version import new_version_directory
+
+    new_version_directory(version, settings().versions_dir)
+    return version
+
+
+VersionName = Annotated[
+    str,
+    typer.Argument(help="As `moderato models` lists it, or in the versions directory.", callback=version_name),
+]
+
 app = typer.Typer(cls=GroupWithDefault)
 app.command()(compare)
 app.command()(prune)
@@ -77,7 +98,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
 
 
 def activate(
-    version: Annotated[str, typer.Argument(help="As `moderato models` lists it, or in the versions directory.")],
+    version: VersionName,
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "by hand",
     force: Annotated[bool, typer.Option("--force", help="Also where the gate refused it.")] = False,
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from config.files import read_bounded
-from config.names import LABELS, STARTER_VERSION
+from config.names import FORMER_STARTERS, LABELS, STARTER_VERSION
 from config.settings import ROOT
 from model.text import TOKENIZER_FILE
 
@@ -78,6 +78,39 @@ class Manifest(BaseModel):
 def held_out_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Of a manifest's metrics those on the held-out rows, of the form that ships where it was measured; or none."""
     return metrics.get("holdout_int8") or metrics.get("holdout_fp32") or {}
+
+
+def checked_name(version: str) -> str:
+    """A name that a version may have. It is a folder's name too, and cannot lead out of the versions directory.
+
+    Raises:
+        VersionError: it is none.
+    """
+    if not re.fullmatch(VERSION_NAME, version):
+        raise VersionError(
+            f"{version!r} cannot be a version's name: use 1 to 100 letters, digits, '.', '_' and '-', and begin with a "
+            "letter or a digit"
+        )
+    return version
+
+
+def new_version_directory(version: str, versions_dir: Path) -> Path:
+    """Where a new version is to be written.
+
+    Raises:
+        VersionError: `version` cannot be a name, or another version has or had it.
+    """
+    directory = versions_dir / checked_name(version)
+    # A link that leads nowhere is in the way too.
+    if os.path.lexists(directory):
+        raise VersionError(
+            f"version {version}: {directory} exists, and versions are never overwritten: take another name"
+        )
+    if version in (STARTER_VERSION, *FORMER_STARTERS):
+        raise VersionError(f"version {version} ships with a release: take another name")
+    if was_pruned(version, versions_dir):
+        raise VersionError(f"version {version} existed and was pruned: take another name")
+    return directory
 
 
 def version_directory(version: str, versions_dir: Path) -> Path:
@@ -167,7 +200,7 @@ def writing_version(directory: Path) -> Iterator[Path]:
     Raises:
         VersionError: `directory` exists.
     """
-    if directory.exists():
+    if os.path.lexists(directory):
         raise VersionError(f"version {directory.name}: {directory} exists; versions are never overwritten")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

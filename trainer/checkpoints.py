@@ -35,8 +35,10 @@ def checkpoint_folder(folder: Path) -> Iterator[Path]:
     A checkpoint that an exception or a kill leaves in it is there for a resume.
 
     Raises:
-        CheckpointError: another process trains there.
+        CheckpointError: another process trains there, or the folder is a link to another place.
     """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link; remove it, or choose another name: its target is not touched")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a") as lock:
         try:

@@ -21,7 +21,7 @@ from cli.status import drift_lines
 from cli.terminal import Problem, shorten, shown
 from cli.times import days_ago, past
 from cli.training import parse_overrides
-from config.names import LABELS
+from config.names import FORMER_STARTERS, LABELS, STARTER_VERSION
 from config.settings import ROOT, TrainerSettings, explanations, settings
 from db.drift import Drift
 
@@ -323,6 +323,37 @@ def test_a_dataset_is_described_and_none_of_its_comments_is_shown(tmp_path: Path
     # And a program has the same
     done = CliRunner().invoke(app, ["dataset", *named, "--json"])
     assert json.loads(done.stdout)["sha256"] in written
+
+
+class TestVersionNames:
+    """Checked before anything is read, trained or written."""
+
+    @pytest.fixture(autouse=True)
+    def versions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        (tmp_path / "versions" / "taken").mkdir(parents=True)
+        (tmp_path / "versions" / "dangling").symlink_to(tmp_path / "nowhere")
+        (tmp_path / "versions" / ".pruned" / "gone").mkdir(parents=True)
+        monkeypatch.setenv("MODERATO_VERSIONS_DIR", str(tmp_path / "versions"))
+        monkeypatch.setenv("MODERATO_DATABASE_URL", f"sqlite:///{tmp_path}/absent/moderato.db")
+        settings.cache_clear()
+        before = sorted(tmp_path.rglob("*"))
+        yield tmp_path / "versions"
+        assert sorted(tmp_path.rglob("*")) == before
+        settings.cache_clear()
+
+    @pytest.mark.parametrize(
+        "name", ["my model", "../evil", "/tmp/evil", "team/model-1", ".hidden", "x\n", "x" * 101, ""]
+    )
+    @pytest.mark.parametrize(
+        "command", [["train", "--train", "absent.csv", "--name"], ["activate"], ["canary", "start"], ["ab", "start"]]
+    )
+    def test_what_cannot_be_a_name(self, command: list[str], name: str) -> None:
+        assert repr(name) in complaint(*command, name)
+
+    @pytest.mark.parametrize("name", ["taken", "dangling", "gone", STARTER_VERSION, *FORMER_STARTERS])
+    def test_a_name_that_another_version_has_or_had(self, name: str) -> None:
+        said = complaint("train", "--train", "absent.csv", "--name", name)
+        assert f"version {name}" in said and "another name" in said
 
 
 class TestOverrides:

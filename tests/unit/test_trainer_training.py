@@ -441,6 +441,12 @@ class TestFolder:
                 pass
             assert folder.is_dir()
         assert not folder.exists()
+        # And a link to elsewhere is none
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError), checkpoint_folder(tmp_path / "link"):
+            pass
+        assert (tmp_path / "elsewhere").is_dir()
 
     def test_what_an_exception_leaves_is_kept_only_where_it_can_be_resumed(self, tmp_path: Path) -> None:
         with pytest.raises(InterruptedError), checkpoint_folder(tmp_path / "run") as folder:
