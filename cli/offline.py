@@ -78,13 +78,7 @@ def score(
                 )
                 rows += len(frame)
                 update(read.tell(), note=f"{rows:,} rows")
-    except (
-        pd.errors.ParserError,
-        pd.errors.ParserWarning,
-        pd.errors.EmptyDataError,
-        UnicodeDecodeError,
-        OSError,
-    ) as error:
+    except (ValueError, pd.errors.ParserWarning, OSError) as error:
         raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
     say(f"{rows:,} rows in {target}")
 
