@@ -2,10 +2,11 @@
 
 A word is only read otherwise where it is no known word as it stands and its reading is one, so ordinary text stays as
 it is. Which words are known is a file of the version, so that a text is always read as it was in training.
+
+Strangers write the texts: every pattern and loop here takes time in proportion to the text's length.
 """
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
 from math import log
@@ -36,7 +37,9 @@ HABIT, HABIT_SHARE = 3, 0.25
 """Disguised words, and their share of all, from which on short and doubtful ones are read too."""
 
 _LATIN = str.maketrans({other: latin for latin, others in LOOKALIKES.items() for other in others})
-_WORD_WITH_LOOKALIKE = re.compile(rf"[^\W\d_]*[{''.join(LOOKALIKES.values())}][^\W\d_]*")
+# Words are matched from their first character only: tried from each of them, a long one costs quadratic time.
+# `¡` stands for a letter and is none, so it may also begin a match.
+_WORD_WITH_LOOKALIKE = re.compile(rf"(?:(?<![^\W\d_])|(?=¡))[^\W\d_]*[{''.join(LOOKALIKES.values())}][^\W\d_]*")
 _ASCII_LETTER = re.compile("[a-zA-Z]")
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
@@ -48,7 +51,7 @@ _BETWEEN = r"( ?[^\w\s]{1,3} ?|_)"
 _DOTTED = re.compile(rf"(?<![^\W_])[^\W_]{_BETWEEN}[^\W_](?:\1[^\W_])*(?![^\W_])")
 _DOTTED_LONG = re.compile(rf"(?<![^\W_])[^\W_]{_BETWEEN}[^\W_]\1[^\W_]")
 _NUMBERS = re.compile(r"[\d\W_]*")
-_WORD = re.compile(r"[\w@$!|+]*[\w$]")  # an exclamation mark that ends a word is one
+_WORD = re.compile(r"(?<![\w@$!|+])[\w@$!|+]*[\w$]")  # an exclamation mark that ends a word is one
 _PAIR = re.compile(r"([a-z])\1+")
 _LONG_RUN = re.compile(r"([a-z])\1{2,}")
 _ANY_LONG_RUN = re.compile(r"(.)\1{2,}", re.IGNORECASE)
@@ -70,9 +73,13 @@ class Deobfuscator:
         self._unknown_cost = log((len(words) + 1) * scale)
 
     def __call__(self, text: str) -> str:
-        """The text with its disguises undone as far as they are certain."""
+        """The text with its disguises undone as far as they are certain.
+
+        Args:
+            text: as `model.text.normalise` returns it.
+        """
         if not text.isascii():
-            text = _latin(_INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
+            text = _latin(_INVISIBLE.sub("", text))
         text = _SPACED.sub(self._joined, text)
         if separators := {match[1] for match in _DOTTED_LONG.finditer(text) if not _NUMBERS.fullmatch(match[0])}:
             # Two letters alone may be `e.g.`; beside a longer word with the same between its letters they are a word.

@@ -7,6 +7,7 @@ list is sound, a bad comment does not take its neighbours along.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -283,8 +284,8 @@ class _Repetitive(dict[str, Any]):
 
     @property
     def repeated(self) -> str:
-        names = [name for name, _ in self._pairs]
-        return next(name for name in names if names.count(name) > 1)
+        times = Counter(name for name, _ in self._pairs)
+        return next(name for name, count in times.items() if count > 1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

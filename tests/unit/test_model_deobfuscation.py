@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from config.settings import ROOT
 from model.deobfuscation import Deobfuscator
-from model.text import KNOWN_WORDS
+from model.text import KNOWN_WORDS, normalise
 from trainer.dataset import read_csv
 from trainer.evasion import EVASIONS, evade
 
-read = Deobfuscator(KNOWN_WORDS.read_text(encoding="utf-8").split())
+deobfuscate = Deobfuscator(KNOWN_WORDS.read_text(encoding="utf-8").split())
+
+
+def read(text: str) -> str:
+    return deobfuscate(normalise(text))
+
 
 INSULT = "you are an idiot and nobody likes you"
 
@@ -30,6 +35,7 @@ INSULT = "you are an idiot and nobody likes you"
         pytest.param("Yоu аrе а stuріd іdіоt", "You are a stupid idiot", id="Cyrillic look-alikes"),
         pytest.param("i\u200bd\u200bi\u200bo\u200bt", "idiot", id="zero-width characters"),
         pytest.param("s\u00adh\u2060i\ufefft", "shit", id="other characters that do not show"),
+        pytest.param("b¡tch¡ng", "bitching", id="inverted exclamation marks"),
     ],
 )
 def test_a_disguised_word_is_read(written: str, meant: str) -> None:
@@ -68,12 +74,6 @@ def test_every_evasion_is_undone(evasion: str) -> None:
 @given(st.text(alphabet=st.sampled_from("ab1!$.@-_ \u200bаеe\n|"), max_size=200))
 def test_any_text_is_read(text: str) -> None:
     assert isinstance(read(text), str)
-
-
-@pytest.mark.parametrize("unit", ["a", "a ", "a.", "1a", "a1 ", "a . ", "аб", "a_", "$!", "a - ", "ab1!", "a\u200b"])
-def test_a_hostile_text_of_the_greatest_length_is_read_without_delay(unit: str) -> None:
-    # Quadratic time would take minutes here.
-    read((unit * 20_000)[:20_000])
 
 
 def test_known_words_are_plain_and_the_most_frequent_come_first() -> None:
