@@ -16,6 +16,16 @@ from db.migrate import upgrade
 from db.session import open_database
 from tests.services import new_database, postgres_server, wait_until
 
+SQL_TESTED_ELSEWHERE = {
+    "test_client",
+    "test_doctor",
+    "test_pipeline",
+    "test_policy_following",
+    "test_retraining",
+    "test_swap",
+}
+"""Modules that are about something else, and ask only what the tests of db/ ask of both databases."""
+
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("moderato", deadline=None)
 settings.load_profile("moderato")
@@ -95,9 +105,18 @@ def sqlite_url(empty_sqlite_url: str, _sqlite_with_tables: Path) -> str:
     return empty_sqlite_url
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `database_url` runs on SQLite and again on PostgreSQL, or on SQLite alone; it may say so itself."""
+    says_itself = any("database_kind" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "database_kind" in metafunc.fixturenames and not says_itself:
+        module = metafunc.module.__name__.rpartition(".")[2]
+        kinds = ["sqlite"] if module in SQL_TESTED_ELSEWHERE else ["sqlite", "postgres"]
+        metafunc.parametrize("database_kind", kinds, indirect=True)
+
+
+@pytest.fixture
 def database_kind(request: pytest.FixtureRequest) -> str:
-    """Of the next two: the test runs on SQLite and again on PostgreSQL."""
+    """`sqlite` or `postgres`."""
     return str(request.param)
 
 
