@@ -30,6 +30,11 @@ PREPARED_ELSEWHERE = ("26000", "42P05")
 """What PostgreSQL says of a prepared statement that is not on this connection, or is already."""
 
 
+POSITIONS = "ix_decisions_position"
+"""The unique index of what `db.tables.Decision` draws from a sequence."""
+SET_POSITIONS = "SELECT setval('decisions_position_seq', (SELECT MAX(position) FROM decisions))"
+
+
 class DatabaseProblem(Exception):
     """What was asked of the database cannot be; the message says why."""
 
@@ -93,7 +98,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
 def is_outage(error: BaseException) -> bool:
     """Whether the same data may succeed later: database unreachable, locked, full, read-only or not yet migrated.
 
-    False for what the data itself caused, such as a character that PostgreSQL cannot store.
+    False for what the data itself caused, such as a character that PostgreSQL cannot store. A position that is taken
+    already is no data's fault: PostgreSQL's sequence gave it, and is behind the table.
     """
     if isinstance(error, PoolTimeout):
         return True
@@ -102,7 +108,7 @@ def is_outage(error: BaseException) -> bool:
     if error.connection_invalidated:
         return True
     if isinstance(error, DataError | IntegrityError):
-        return False
+        return _constraint(error) == POSITIONS
     sqlstate: str = getattr(error.orig, "sqlstate", None) or ""
     if isinstance(error, ProgrammingError):
         # Class 42 is a missing table or privilege, 26 a statement that was prepared on another connection of a pooler;
@@ -112,12 +118,28 @@ def is_outage(error: BaseException) -> bool:
     return not sqlstate.startswith("54")
 
 
+def is_foreign_key_missing(error: BaseException) -> bool:
+    """Whether a row was refused because one that it refers to is not there."""
+    return isinstance(error, IntegrityError) and (
+        getattr(error.orig, "sqlstate", None) == "23503"
+        or getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
+    )
+
+
 def without_rows(error: DBAPIError) -> str:
     """What the driver says, but for PostgreSQL's detail and context: those quote rows, and with them comments."""
     said: str = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
+    if _constraint(error) == POSITIONS:
+        said += f"; its sequence is behind the table, as after a restore without it: {SET_POSITIONS}"
     if getattr(error.orig, "sqlstate", None) in PREPARED_ELSEWHERE:
         said += "; behind PgBouncer in transaction mode end the database's URL in ?prepare_threshold=none"
     return said
+
+
+def _constraint(error: DBAPIError) -> str | None:
+    """The one that was broken, if PostgreSQL says so."""
+    name: str | None = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+    return name
 
 
 def _open_sqlite(url: URL) -> Engine:

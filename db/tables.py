@@ -149,9 +149,10 @@ class Decision(Base):
     truncated: Mapped[bool]
     """The text's end was not scored. False since long texts are scored in windows; true in older rows only."""
     queue_ms: Mapped[float]
-    """From `submitted_at` to the start of the forward pass, milliseconds."""
+    """From `submitted_at` to the start of the first forward pass, milliseconds."""
     compute_ms: Mapped[float]
-    """Of the forward pass that scored the comment's whole batch, milliseconds."""
+    """Of the forward pass that scored the comment's whole batch, milliseconds; of several passes, their sum. 0 where
+    the scores of the same text were known."""
     decided_at: Mapped[datetime]
     position: Mapped[int | None] = mapped_column(BigInteger)
     """Its place in the order in which decisions are handed on, see `db.feed`; null in rows from before there was one.

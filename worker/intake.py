@@ -133,8 +133,6 @@ class Intake(bootsteps.StartStopStep):
         self._held: set[Delivery] = set()
         self._held_comments = 0
         self._held_bytes = 0
-        self._max_held_comments = 0
-        self._max_held_bytes = 0
         # Of recent messages, to judge how many more to fetch. Begins high: the first fetches are small.
         self._comments_per_message = float(MAX_COMMENTS_PER_MESSAGE)
         self._settled: deque[Delivery] = deque()
@@ -216,10 +214,6 @@ class Intake(bootsteps.StartStopStep):
         policy = self._policies.load_first()
         self._follower = VersionFollower(database, settings(), worker)
         scorer = self._follower.load_first()
-        self._max_held_comments = self._settings.max_held_comments or max(
-            MAX_COMMENTS_PER_MESSAGE, HELD_WINDOWS * scorer.batching.window_tokens // TOKENS_PER_COMMENT
-        )
-        self._max_held_bytes = self._settings.max_held_bytes or HELD_BYTES_PER_COMMENT * self._max_held_comments
         pipeline = Pipeline(
             scorer, policy, database, reuse_texts=self._settings.reuse_texts, on_settled=self._leave_word
         )
@@ -241,17 +235,25 @@ class Intake(bootsteps.StartStopStep):
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_NEW_OBJECTS, 20, 20)
-        logger.info("at most %d comments held", self._max_held_comments)
+        logger.info("at most %d comments held", self._max_held_comments(pipeline))
         return pipeline
 
     # --- messages in ---
 
     def fetch_limit(self) -> int:
         """How many more messages may be taken now; the transport asks before each fetch."""
-        room = self._max_held_comments - self._held_comments
-        if room <= 0 or self._held_bytes >= self._max_held_bytes:
+        assert self._pipeline is not None
+        max_held_comments = self._max_held_comments(self._pipeline)
+        room = max_held_comments - self._held_comments
+        max_held_bytes = self._settings.max_held_bytes or HELD_BYTES_PER_COMMENT * max_held_comments
+        if room <= 0 or self._held_bytes >= max_held_bytes:
             return 0
         return math.ceil(room / self._comments_per_message)
+
+    def _max_held_comments(self, pipeline: Pipeline) -> int:
+        """As set, or some windows of the version that scores now."""
+        windows = HELD_WINDOWS * pipeline.scorer.batching.window_tokens // TOKENS_PER_COMMENT
+        return self._settings.max_held_comments or max(MAX_COMMENTS_PER_MESSAGE, windows)
 
     def take(self, message: Any) -> None:
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
@@ -311,7 +313,7 @@ class Intake(bootsteps.StartStopStep):
         """The pipeline's counters, how much is held, and why the active policy does not decide, if so."""
         if self._pipeline is None or self._policies is None:
             return {}
-        held = {"held_comments": self._held_comments, "max_held_comments": self._max_held_comments}
+        held = {"held_comments": self._held_comments, "max_held_comments": self._max_held_comments(self._pipeline)}
         return self._pipeline.stats() | held | {"policy_refusal": self._policies.refusal}
 
     def look_for_activation(self) -> None:

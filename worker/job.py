@@ -1,6 +1,6 @@
 """What travels through the pipeline: a message's delivery, its comments, and the texts to be scored for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -67,7 +67,9 @@ class Job:
         self.scores: TextScores | None = None
         self.failed = False
         self.started_at: datetime | None = None
+        """When the first of its forward passes began."""
         self.compute_ms = 0.0
+        """The sum of its forward passes."""
         self._windows_left = 0
 
     @property
@@ -83,15 +85,18 @@ class Job:
         """It is complete when so many windows have been added."""
         self._windows_left = windows
 
-    def add(self, labels: list[float], started_at: datetime, compute_ms: float) -> bool:
-        """Take in one window's scores; whether they were the last."""
-        if self.scores is None:
-            self.scores = TextScores(labels, 1)
-            self.started_at = started_at
-        else:
-            self.scores = TextScores(list(map(max, self.scores.labels, labels)), self.scores.windows + 1)
+    def add(self, windows: Sequence[list[float]], started_at: datetime, compute_ms: float) -> bool:
+        """Take in the labels of all windows that one forward pass scored; whether they were the last.
+
+        The pass counts once, however many of its windows are this text's.
+        """
+        before = () if self.scores is None else (self.scores.labels,)
+        labels = [max(scores) for scores in zip(*before, *windows, strict=True)]
+        self.scores = TextScores(labels, len(windows) + (0 if self.scores is None else self.scores.windows))
+        # With several lanes the pass that ends first need not be the one that began first.
+        self.started_at = started_at if self.started_at is None else min(self.started_at, started_at)
         self.compute_ms += compute_ms
-        self._windows_left -= 1
+        self._windows_left -= len(windows)
         return not self._windows_left and not self.failed
 
     def recall(self, scores: TextScores) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 
 from model.batching import Batching, plan_batches
+from model.engine import Engine
 from model.text import Windows
 from worker.job import Job, Piece
 
@@ -21,6 +22,12 @@ class Line:
     def add(self, job: Job, windows: Windows) -> None:
         """Behind all others."""
         (self._short if len(windows) == 1 else self._long).extend([Piece(job, ids) for ids in windows])
+
+    @property
+    def engine(self) -> Engine:
+        """That of the next batch. Only of a line where something waits."""
+        pieces = self._planned[0] if self._planned else self._short or self._long
+        return pieces[0].job.scorer.engine
 
     def next_batch(self) -> list[Piece]:
         """The next of the window; when there is none left, the first of a new one: everything that came meanwhile."""

@@ -2,7 +2,8 @@
 
 One thread tokenizes, one for each lane of the engine runs forward passes, one writes to the database, so that the
 next texts are tokenized and the last ones written while the device is at work. The queues between them need no bounds
-of their own: intake bounds how much the whole pipeline holds.
+of their own: intake bounds how much the whole pipeline holds. A version whose engine has more lanes adds threads; no
+engine runs more forward passes side by side than it has lanes.
 """
 
 import copy
@@ -30,11 +31,13 @@ from db import dead_letters, policies
 from db.dead_letters import DeadLetterRow
 from db.outage import Outage
 from db.queries import ScoredSubmission, record_decisions
-from db.session import is_outage, without_rows, writing
+from db.session import is_foreign_key_missing, is_outage, without_rows, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.batching import padded_tokens
+from model.engine import Engine as ModelEngine
 from model.engine import Scorer, Scores
 from model.policy import Policy
+from model.text import Windows
 from worker import clock
 from worker.histogram import Histogram
 from worker.job import Delivery, Item, Job, Piece
@@ -81,6 +84,17 @@ class Outcome:
         self.items.extend(other.items)
         self.letters.extend(other.letters)
         self.trial_scores.extend(other.trial_scores)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """What an engine made of a batch, or of a part of one."""
+
+    pieces: list[Piece]
+    scores: list[list[float]]
+    """Six for each piece."""
+    started_at: datetime
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -133,6 +147,8 @@ class Pipeline:
         self._on_settled = on_settled
         self._unstored = [policy]
         """Policies that the database may not know yet."""
+        self._stored: list[Policy] = []
+        """Those that it knew when they were last written. A failover or a restore may have lost them."""
         self._outage = Outage()
         self._outage_lock = threading.Lock()
         self._writing_since: float | None = None
@@ -148,6 +164,9 @@ class Pipeline:
         self._urgent_was_last = False
         self._shadow = Line()
         self._shadows: set[Job] = set()
+        self._scoring_threads = 0
+        self._running: Counter[ModelEngine] = Counter()
+        """How many batches each engine scores now."""
         self._reuse = Reuse(reuse_texts)
         self._counters = Counters()
         self._batch_ids = count(1)
@@ -175,12 +194,24 @@ class Pipeline:
                 logger.error("the database has not answered for %g s; decisions wait for it", SILENT_S)
 
     def start(self) -> None:
-        stages = [self._prepare, *[self._score] * self._scorer.engine.lanes, self._record]
-        for stage in stages:
-            threading.Thread(target=self._run, args=(stage,), name=stage.__name__.strip("_"), daemon=True).start()
+        for stage in (self._prepare, self._record):
+            self._start(stage)
+        self._add_lanes(self._scorer)
+
+    def _start(self, stage: Callable[[], None]) -> None:
+        threading.Thread(target=self._run, args=(stage,), name=stage.__name__.strip("_"), daemon=True).start()
+
+    def _add_lanes(self, scorer: Scorer) -> None:
+        """Have at least as many threads as this version's engine has lanes. Threads that no engine needs wait."""
+        with self._lock:
+            missing = max(0, scorer.engine.lanes - self._scoring_threads)
+            self._scoring_threads += missing
+        for _ in range(missing):
+            self._start(self._score)
 
     def exchange(self, scorer: Scorer) -> None:
         """Prepare with this version from now on. What is already prepared goes on with the one that prepared it."""
+        self._add_lanes(scorer)
         self._scorer = scorer
 
     def exchange_policy(self, policy: Policy) -> None:
@@ -194,6 +225,8 @@ class Pipeline:
 
     def try_out(self, trial: LiveTrial | None) -> None:
         """Give this trial's candidate its share from now on; None ends it, and what it has prepared is its last."""
+        if trial is not None:
+            self._add_lanes(trial.scorer)
         self._trial = trial
         with self._lock:
             self._shadow, self._shadows = Line(), set()
@@ -276,7 +309,7 @@ class Pipeline:
             self._begin(jobs)
         elif jobs := jobs[: max(0, SHADOW_COMMENTS - len(self._shadows))]:
             # Without reuse: whoever decides must never wait for a shadow.
-            divide_on_failure(jobs, self._encode, self._fail)
+            self._line_up(jobs)
 
     def _begin(self, jobs: list[Job]) -> None:
         """Have the texts that are new scored, all by one version, and decide those whose scores are known."""
@@ -285,12 +318,19 @@ class Pipeline:
         if answered:
             self._decide(answered)
         if new:
-            divide_on_failure(new, self._encode, self._fail)
+            self._line_up(new)
 
-    def _encode(self, jobs: list[Job]) -> None:
-        encoded = jobs[0].scorer.encode([job.text for job in jobs])
+    def _line_up(self, jobs: list[Job]) -> None:
+        """Tokenize the texts and add their windows to the line."""
+        encoded: list[tuple[Job, Windows]] = []
+
+        # Only the tokenizing may be repeated: a text that is added to the line twice would be decided twice.
+        def encode(some: list[Job]) -> None:
+            encoded.extend(list(zip(some, some[0].scorer.encode([job.text for job in some]), strict=True)))
+
+        divide_on_failure(jobs, encode, self._fail)
         with self._prepared:
-            for job, windows in zip(jobs, encoded, strict=True):
+            for job, windows in encoded:
                 job.expect(len(windows))
                 self._line_for(job).add(job, windows)
             self._prepared.notify()
@@ -305,47 +345,65 @@ class Pipeline:
 
     def _score(self) -> None:
         batch = self._next_batch()
-        divide_on_failure(batch, self._score_batch, lambda piece, error: self._fail(piece.job, error))
+        # Only the forward passes may be repeated: a text with a window added twice would never be complete.
+        passes: list[ForwardPass] = []
+        divide_on_failure(
+            batch,
+            lambda part: passes.append(_forward(part)),
+            lambda piece, error: self._fail(piece.job, error),
+        )
+        for each in passes:
+            self._take_in(each)
+        engine = batch[0].job.scorer.engine
+        with self._prepared:
+            self._running[engine] -= 1
+            if not self._running[engine]:
+                del self._running[engine]  # else an engine that nobody uses any more stays in memory
 
     def _next_batch(self) -> list[Piece]:
-        """Urgent ones pass the others by, but take no more than every other turn while others wait.
-
-        A shadow has its turn when nobody waits for a decision.
-        """
         with self._prepared:
-            while not (self._urgent or self._ordinary or self._shadow):
+            while (line := self._next_line()) is None:
                 self._prepared.wait()
-            if self._urgent or self._ordinary:
-                urgent = bool(self._urgent) and not (self._ordinary and self._urgent_was_last)
-                self._urgent_was_last = urgent
-                line = self._urgent if urgent else self._ordinary
-            else:
-                line = self._shadow
+            self._urgent_was_last = line is self._urgent
+            self._running[line.engine] += 1
             batch = line.next_batch()
-            if self._urgent or self._ordinary or self._shadow:
+            if self._next_line() is not None:
                 self._prepared.notify()
             return batch
 
-    def _score_batch(self, batch: list[Piece]) -> None:
-        scorer = batch[0].job.scorer
-        started_at, started = clock.now(), time.perf_counter()
-        scores = _checked(scorer.engine.score([piece.ids for piece in batch]), len(batch)).tolist()
-        seconds = time.perf_counter() - started
-        lengths = [len(piece.ids) for piece in batch]
-        is_shadow = batch[0].job.is_shadow
+    def _next_line(self) -> Line | None:
+        """Whose turn it is. None where nothing waits, or the engines of what is next have no free lane.
+
+        Urgent ones pass the others by, but take no more than every other turn while others wait. A shadow has its turn
+        when nobody waits for a decision.
+        """
+        if not (self._urgent or self._ordinary):
+            return self._shadow if self._can_begin(self._shadow) else None
+        urgent, ordinary = self._can_begin(self._urgent), self._can_begin(self._ordinary)
+        if not (urgent or ordinary):
+            return None
+        return self._urgent if urgent and not (ordinary and self._urgent_was_last) else self._ordinary
+
+    def _can_begin(self, line: Line) -> bool:
+        return bool(line) and self._running[line.engine] < line.engine.lanes
+
+    def _take_in(self, done: ForwardPass) -> None:
+        """Count a forward pass, and decide the comments whose last windows it scored."""
+        scorer, is_shadow = done.pieces[0].job.scorer, done.pieces[0].job.is_shadow
+        lengths = [len(piece.ids) for piece in done.pieces]
+        windows: dict[Job, list[list[float]]] = {}
+        for piece, labels in zip(done.pieces, done.scores, strict=True):
+            windows.setdefault(piece.job, []).append(labels)
+        ms = done.seconds * 1000
         if logger.isEnabledFor(logging.DEBUG):
-            _log_batch(next(self._batch_ids), scorer.version, lengths, seconds * 1000)
+            _log_batch(next(self._batch_ids), scorer.version, lengths, ms)
         with self._lock:
-            self._counters.score.observe(seconds)
+            self._counters.score.observe(done.seconds)
             if not is_shadow:
                 self._counters.batches += 1
                 self._counters.tokens += sum(lengths)
                 self._counters.padded_tokens += padded_tokens(lengths, scorer.batching)
-            complete = [
-                piece.job
-                for piece, labels in zip(batch, scores, strict=True)
-                if piece.job.add(labels, started_at, seconds * 1000)
-            ]
+            complete = [job for job, scores in windows.items() if job.add(scores, done.started_at, ms)]
             for job in complete:
                 self._end(job)
         if complete:
@@ -520,6 +578,12 @@ class Pipeline:
         except Exception as error:
             if is_outage(error):
                 raise
+            if is_foreign_key_missing(error) and self._stored:
+                logger.warning("the database has lost a row that others refer to; the policies are stored again")
+                self._unstored.extend(self._stored)
+                self._stored = []
+                self._record_all(outcome)
+                return
             if outcome.trial_scores:
                 # Nobody waits for them, so they are the first to go.
                 logger.warning("the database refused a batch with scores of a trial (%s); without them", _kind(error))
@@ -563,6 +627,7 @@ class Pipeline:
         finally:
             with self._outage_lock:
                 self._writing_since = None
+        self._stored += unstored
         del self._unstored[: len(unstored)]
         self._count(rows if len(done.recorded) == len(rows) else [rows[index] for index in done.recorded], letters)
         for index, (_, delivery) in enumerate(items):
@@ -581,6 +646,13 @@ class Pipeline:
         for letter in letters:
             about = {"submission_id": letter.dead_letter_id, "reason": letter.reason}
             logger.info("%r is a dead letter: %s", letter.dead_letter_id, letter.reason, extra=about)
+
+
+def _forward(pieces: list[Piece]) -> ForwardPass:
+    started_at, started = clock.now(), time.perf_counter()
+    scores = pieces[0].job.scorer.engine.score([piece.ids for piece in pieces])
+    seconds = time.perf_counter() - started
+    return ForwardPass(pieces, _checked(scores, len(pieces)).tolist(), started_at, seconds)
 
 
 def _log_batch(batch_id: int, version: str, lengths: list[int], ms: float) -> None:

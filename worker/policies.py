@@ -32,7 +32,7 @@ class PolicyFollower:
         self._file = settings.policy_file
         self._watch = Watch("policy", settings.worker.activation_poll_s)
         self._running = ""
-        self._seen_id: int | None = None
+        self._seen: PolicyActivationRow | None = None
         self.refusal: str | None = None
         """Why the active policy does not decide here; None where it does, or there is none."""
 
@@ -58,7 +58,7 @@ class PolicyFollower:
         else:
             policy = read_policy(self._file)
         if history:
-            self._seen_id = history[0].policy_activation_id
+            self._seen = history[0]
         self._running = policy.version
         logger.info("policy %s decides", policy.version[:12])
         return policy
@@ -78,7 +78,8 @@ class PolicyFollower:
     def _look(self, exchange: Exchange) -> None:
         with reading(self._database) as connection:
             newest = policies.active(connection)
-            if newest is None or newest.policy_activation_id == self._seen_id:
+            # The whole row, not its number: a database that was restored gives the same numbers again.
+            if newest is None or newest == self._seen:
                 return
             version = newest.policy_version
             text = policies.texts(connection, [version])[version]
@@ -91,7 +92,7 @@ class PolicyFollower:
                 exchange(policy)
                 logger.info("policy %s replaces %s from the next batch on", version[:12], self._running[:12])
             self._running, self.refusal = version, None
-        self._seen_id = newest.policy_activation_id
+        self._seen = newest
 
     def _refuse(self, newest: PolicyActivationRow, error: PolicyError) -> None:
         self.refusal = f"policy {newest.policy_version[:12]} cannot be used by this worker: {error}"

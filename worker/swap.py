@@ -43,9 +43,16 @@ class VersionFollower:
         self._watch = Watch("version", settings.worker.activation_poll_s)
         self._running: str | None = None
         self._trial: LiveTrial | None = None
-        self._followed_id: int | None = None
-        self._refused_id: int | None = None
+        # Whole rows, not their numbers: a database that was restored gives the same numbers again.
+        self._live: TrialRow | None = None
+        self._spoiled: TrialRow | None = None
+        """A trial whose candidate this worker cannot load; its end may still have to be recorded."""
+        self._spoiled_by = ""
+        self._followed: ActivationRow | None = None
+        self._refused: ActivationRow | None = None
         self._refusal = ""
+        self._recorded: tuple[ActivationRow, str | None] | None = None
+        """The last activation of which `version_loads` knows what came of it here, and the error if any."""
         self._retry_at = 0.0
         self.accepted = 0
         """Versions that were exchanged for the one before them."""
@@ -109,7 +116,7 @@ class VersionFollower:
             live = trials.live_trial(connection)
             newest = queries.active(connection)
         over = self._trial
-        if over is not None and (live is None or live.trial_id != over.trial_id):
+        if over is not None and live != self._live:
             logger.info("the trial of version %s is over", over.scorer.version)
             try_out(None)
             self._trial = None
@@ -120,9 +127,11 @@ class VersionFollower:
             self._begin_trial(live, try_out)
 
     def _look_at_activation(self, newest: ActivationRow, exchange: Exchange, candidate: Scorer | None) -> None:
-        if newest.activation_id == self._followed_id:
+        if newest == self._followed:
             return
-        if newest.activation_id == self._refused_id and time.monotonic() < self._retry_at:
+        if newest == self._refused and time.monotonic() < self._retry_at:
+            # The database may not have taken it before.
+            self._record(newest, self._refusal)
             return
         if newest.version != self._running:
             if candidate is not None and candidate.version == newest.version:
@@ -140,12 +149,15 @@ class VersionFollower:
         self._follow(newest)
 
     def _begin_trial(self, live: TrialRow, try_out: TryOut) -> None:
-        try:
-            scorer = self._load(live.version)
-        except VersionError as error:
+        if live != self._spoiled:
+            try:
+                scorer = self._load(live.version)
+            except VersionError as error:
+                logger.error("the %s of version %s is rolled back: %s", live.kind, live.version, error)
+                self._spoiled, self._spoiled_by = live, str(error)
+        if live == self._spoiled:
             # A trial that some of the workers cannot take part in shows nothing of the version.
-            verdict = f"worker {self._worker} cannot load it: {error}"
-            logger.error("the %s of version %s is rolled back: %s", live.kind, live.version, error)
+            verdict = f"worker {self._worker} cannot load it: {self._spoiled_by}"
             with writing(self._database) as connection:
                 trials.end_trial(
                     connection,
@@ -159,41 +171,56 @@ class VersionFollower:
         logger.info(
             "%s of version %s beside %s begins: %.3g %%", live.kind, live.version, self._running, 100 * live.share
         )
-        self._trial = LiveTrial(live.trial_id, live.share, live.kind == "shadow", scorer)
+        self._live, self._trial = live, LiveTrial(live.trial_id, live.share, live.kind == "shadow", scorer)
         try_out(self._trial)
 
     def _follow(self, activation: ActivationRow) -> None:
         self.is_behind = False
         self._record(activation, None)
-        self._followed_id = activation.activation_id
+        self._followed = activation
 
     def _refuse(self, activation: ActivationRow, refusal: str) -> None:
         self._retry_at = time.monotonic() + RETRY_REFUSED_S
         self.is_behind = True
-        if activation.activation_id != self._refused_id:
+        if activation != self._refused:
             self.refused += 1
-        if (activation.activation_id, refusal) != (self._refused_id, self._refusal):  # said once, not at every attempt
+        if (activation, refusal) != (self._refused, self._refusal):  # said once, not at every attempt
             logger.error("%s; %s goes on", refusal, self._running)
-            self._record(activation, refusal)
-        self._refused_id, self._refusal = activation.activation_id, refusal
+        # Before it is recorded: a version must not be loaded at every look because the database takes no rows.
+        self._refused, self._refusal = activation, refusal
+        self._record(activation, refusal)
 
     def _load(self, version: str) -> Scorer:
+        """A version, loaded and measured.
+
+        Raises:
+            VersionError: anything is wrong with it, or with this machine's way to run it.
+        """
         worker = self._settings.worker
-        scorer = load_scorer(
-            version_directory(version, self._settings.versions_dir),
-            device=worker.device,
-            engine=worker.engine,
-            threads=worker.threads,
-            expected_version=version,
-        )
-        return tuned(
-            scorer,
-            MEASUREMENTS_DIRECTORY,
-            max_batch_tokens=worker.max_batch_tokens,
-            window_tokens=worker.window_tokens,
-        )
+        try:
+            scorer = load_scorer(
+                version_directory(version, self._settings.versions_dir),
+                device=worker.device,
+                engine=worker.engine,
+                threads=worker.threads,
+                expected_version=version,
+            )
+            return tuned(
+                scorer,
+                MEASUREMENTS_DIRECTORY,
+                max_batch_tokens=worker.max_batch_tokens,
+                window_tokens=worker.window_tokens,
+            )
+        except VersionError:
+            raise
+        except Exception as error:
+            # Such as a GPU without memory for its largest passes beside the running version, or without its library.
+            raise VersionError(f"version {version} cannot be run: {type(error).__name__}: {error}") from error
 
     def _record(self, activation: ActivationRow, error: str | None) -> None:
+        """Note what came of an activation, once."""
+        if self._recorded == (activation, error):
+            return
         assert self._running is not None
         with writing(self._database) as connection:
             queries.record_load(
@@ -204,6 +231,7 @@ class VersionFollower:
                 error=error,
                 now=clock.now(),
             )
+        self._recorded = activation, error
 
     def _has_directory(self, version: str) -> bool:
         try:

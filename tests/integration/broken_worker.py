@@ -1,6 +1,6 @@
 """A pipeline that breaks, in a process of its own, because it ends its process.
 
-python broken_worker.py VERSION_DIRECTORY DATABASE_URL engine|acknowledgement TEXT
+python broken_worker.py VERSION_DIRECTORY DATABASE_URL engine|policy|acknowledgement TEXT
 """
 
 import logging
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from db.session import open_database
 from model.engine import load_scorer
+from model.policy import Policy
 from tests.integration.moderator import Moderator, wrapped
 
 
@@ -22,6 +23,8 @@ def main(directory: str, database_url: str, broken: str, text: str) -> None:
         raise RuntimeError(f"no kernel for {text}")
 
     moderator = Moderator(wrapped(scorer, before=fail) if broken == "engine" else scorer, open_database(database_url))
+    if broken == "policy":
+        moderator.pipeline.exchange_policy(Policy("", {}, ()))
     if broken == "acknowledgement":
         moderator.acknowledged = None  # type: ignore[assignment]
     moderator.deliver("m", {"text": text}, {"text": f"{text}, again"})

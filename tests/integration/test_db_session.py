@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, Engine, delete, insert, make_url, select, text, update
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from db import session
 from db.migrate import upgrade
-from db.session import DatabaseProblem, is_outage, open_database, reading, without_rows, writing
+from db.queries import record_decisions
+from db.session import (
+    SET_POSITIONS,
+    DatabaseProblem,
+    is_foreign_key_missing,
+    is_outage,
+    open_database,
+    reading,
+    without_rows,
+    writing,
+)
 from db.tables import DeadLetter, Policy, Review
-from tests.integration.rows import NOON
+from tests.integration.rows import NOON, decide, scored
 from tests.services import new_database
 
 A_POLICY = {"policy_version": "a", "text": "", "first_used_at": NOON}
@@ -49,10 +59,13 @@ class TestTransactions:
         assert policies(engine) == []
 
     def test_a_foreign_key_holds(self, engine: Engine) -> None:
-        with pytest.raises(Exception, match=r"(?i)foreign key"), writing(engine) as connection:
+        with pytest.raises(IntegrityError) as raised, writing(engine) as connection:
             connection.execute(
                 insert(Review).values(submission_id="nobody's", action="hide", reviewer="me", reviewed_at=NOON)
             )
+        assert is_foreign_key_missing(raised.value)
+        add_policy(engine)
+        assert not is_foreign_key_missing(failure(engine))
 
 
 class TestSqlite:
@@ -176,6 +189,22 @@ class TestOutagesOfPostgresql:
             connection.execute(text("SET TRANSACTION READ ONLY"))
             connection.execute(insert(Policy).values(A_POLICY))
         assert is_outage(raised.value)
+        engine.dispose()
+
+    def test_numbers_that_it_gives_twice(self, postgres_url: str) -> None:
+        # As after a failover to a replica that was not told where the sequence stood
+        engine = open_database(postgres_url)
+        decide(postgres_url, scored("before"))
+        with writing(engine) as connection:
+            connection.execute(text("SELECT setval('decisions_position_seq', 1, false)"))
+        with pytest.raises(IntegrityError) as raised, writing(engine) as connection:
+            record_decisions(connection, [scored("after")])
+        # Then it says what would help, and that done the same row is written
+        assert is_outage(raised.value)
+        assert SET_POSITIONS in without_rows(raised.value)
+        with writing(engine) as connection:
+            connection.execute(text(SET_POSITIONS))
+            record_decisions(connection, [scored("after")])
         engine.dispose()
 
     def test_a_character_that_it_cannot_store_is_the_rows_fault(self, postgres_url: str) -> None:

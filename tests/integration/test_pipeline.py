@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.integration.outage import outage
 from tests.services import wait_until
 from trainer.dataset import read_csv
 from worker.pipeline import EXIT_BROKEN
+from worker.trial import LiveTrial
 
 MARKER = "quoted-from-the-comment"
 """In every comment here, and so in no line of any log."""
@@ -301,6 +303,12 @@ class TestLongTexts:
         worst = np.max([scorer.engine.score([ids])[0] for ids in windows], axis=0)
         assert found["m:20"].windows == len(windows) > 5
         assert list(found["m:20"].scores.values()) == pytest.approx(worst.tolist(), abs=1e-5)
+        # And where it is alone, its time is that of all forward passes, each counted once
+        before_ms = moderator.pipeline.counters().score.sum_s * 1000
+        moderator.deliver("alone", {"text": f"{long_text} again"})
+        moderator.finish()
+        passes_ms = moderator.pipeline.counters().score.sum_s * 1000 - before_ms
+        assert results(engine)["alone:0"].compute_ms == pytest.approx(passes_ms)
 
     def test_one_window_that_cannot_be_scored_sets_the_whole_text_aside_once(
         self, scorer: Scorer, engine: Engine
@@ -400,7 +408,7 @@ class TestTrouble:
         assert letters(engine) == {}
         assert "(MemoryError); trying its halves" in caplog.text
 
-    @pytest.mark.parametrize("trouble", ["engine raises", "scores are NaN", "tokenizer raises"])
+    @pytest.mark.parametrize("trouble", ["engine raises", "scores are NaN", "tokenizer raises", "tokenizer loses it"])
     @pytest.mark.parametrize("store_text", [True, False])
     def test_one_poison_comment_is_set_aside_alone(
         self, scorer: Scorer, engine: Engine, trouble: str, store_text: bool
@@ -410,8 +418,10 @@ class TestTrouble:
         moderator.deliver("m", *comments(17), {"text": POISON, "store_text": store_text}, *comments(12, 17))
         moderator.start()
         moderator.finish()
-        # Then all others are decided
+        # Then all others are decided, and each was scored once
         assert set(results(engine)) == ids("m", 30) - {"m:17"}
+        others = scorer.encode([comment["text"] for comment in comments(29)])
+        assert moderator.pipeline.stats()["tokens"] == sum(len(ids) for windows in others for ids in windows)
         # And it is kept as far as it may be, with the reason
         (letter,) = letters(engine).values()
         assert (letter.dead_letter_id, letter.reason) == ("m:17", "scoring_failed")
@@ -442,7 +452,37 @@ class TestTrouble:
         assert (counted.decisions.total(), sum(counted.queue.counts)) == (10, 10)
         assert dict(counted.dead_letters) == {"recording_failed": 1, "invalid_comment": 1}
 
-    @pytest.mark.parametrize("broken", ["engine", "acknowledgement"])
+    def test_a_database_that_has_lost_rows_is_given_them_again(
+        self, scorer: Scorer, engine: Engine, tiny_version: Path, tmp_path: Path
+    ) -> None:
+        # Given a worker that has decided by two policies, and tries a version beside the active one
+        other = parse_policy("communities: {default: {toxic: {remove: 0.0}}}")
+        shadow = load_scorer(copy_version(tiny_version, tmp_path, "v2"), device="cpu", threads=1)
+        moderator = Moderator(scorer, engine)
+        moderator.start()
+        moderator.deliver("before", *comments(3))
+        moderator.finish()
+        moderator.pipeline.exchange_policy(other)
+        moderator.deliver("by the other", *comments(3, 3))
+        moderator.finish()
+        # When its database is an older state of itself, as after a failover, where neither policies nor trial are known
+        with writing(engine) as connection:
+            for table in ("decisions", "submissions", "policies"):
+                connection.exec_driver_sql(f"DELETE FROM {table}")
+        moderator.pipeline.try_out(LiveTrial(7, 1.0, True, shadow))
+        # Then no comment is blamed, whichever of the policies decides it, and what decided it can be read
+        moderator.deliver("after", *comments(40, 6))
+        moderator.finish()
+        moderator.pipeline.exchange_policy(POLICY)
+        moderator.deliver("by the first", *comments(3, 46))
+        moderator.finish()
+        assert set(results(engine)) == ids("after", 40) | ids("by the first", 3)
+        assert letters(engine) == {}
+        with reading(engine) as connection:
+            stored = connection.execute(text("SELECT policy_version FROM policies")).scalars().all()
+        assert set(stored) == {POLICY.version, other.version}
+
+    @pytest.mark.parametrize("broken", ["engine", "policy", "acknowledgement"])
     def test_a_broken_pipeline_ends_its_process(self, tiny_version: Path, database_url: str, broken: str) -> None:
         # When an engine can score nothing any more, or a stage of the pipeline breaks
         worker = subprocess.run(
@@ -524,6 +564,84 @@ class TestExchange:
         assert letters(engine) == {}
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_forward_passes_side_by_side_are_as_many_as_the_engine_wants(
+    tiny_version: Path, tmp_path: Path, engine: Engine
+) -> None:
+    """Of the active version, after an exchange in either direction, and of one on trial beside it."""
+    wide_version = copy_version(tiny_version, tmp_path, "wide")
+    narrow, of_narrow = gauged(load_scorer(tiny_version, device="cpu", engine="torch", threads=1))
+    wide, of_wide = gauged(load_scorer(wide_version, device="cpu", engine="onnx", threads=3))
+    moderator = Moderator(narrow, engine, reuse_texts=0)
+    moderator.start()
+    lanes: list[int] = []
+    sent: dict[str, list[dict[str, Any]]] = {}
+    # Given comments that keep coming, so that there is always something prepared for the version before
+    for message_id, active, candidate in (
+        ("narrow", narrow, None),
+        ("wide", wide, None),
+        ("narrow again", narrow, None),
+        ("wide on trial", narrow, LiveTrial(1, 0.5, False, wide)),
+        ("narrow on trial", wide, LiveTrial(2, 0.5, False, narrow)),
+    ):
+        moderator.pipeline.exchange(active)
+        moderator.pipeline.try_out(candidate)
+        lanes.append(moderator.pipeline.stats()["lanes"])
+        of_wide.expect_together(3 if wide in (active, candidate and candidate.scorer) else 0)
+        sent[message_id] = comments(60, len(sent) * 60)
+        moderator.deliver(message_id, *sent[message_id])
+        # Until those of this version are being scored
+        scored = of_wide if active is wide else of_narrow
+        before = scored.passes
+        wait_until(lambda scored=scored, before=before: scored.passes > before, what="its turn")  # type: ignore[misc]
+    moderator.finish()
+    # Then each engine had as many passes side by side as it wants, never more, and that is what is said
+    assert lanes == [1, 3, 1, 1, 3]
+    assert (of_narrow.most, of_wide.most) == (1, 3)
+    # And every window was scored once, and every comment decided once
+    windows = [ids for listed in sent.values() for each in narrow.encode([c["text"] for c in listed]) for ids in each]
+    assert sorted(of_narrow.scored + of_wide.scored) == sorted(windows)
+    assert set(results(engine)) == set().union(*(ids(message_id, 60) for message_id in sent))
+    assert letters(engine) == {}
+
+
+class Gauge:
+    """How many forward passes are side by side in an engine, and what they score."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._together = threading.Barrier(1)
+        self._waiting = self._at_work = 0
+        self.passes = self.most = 0
+        self.scored: list[list[int]] = []
+
+    def expect_together(self, lanes: int) -> None:
+        """The next passes wait for each other until so many have begun."""
+        with self._lock:
+            self._waiting, self._together = lanes, threading.Barrier(max(1, lanes))
+
+    def begin(self, token_ids: Sequence[Sequence[int]]) -> None:
+        with self._lock:
+            self._at_work += 1
+            self.passes += 1
+            self.most = max(self.most, self._at_work)
+            self.scored.extend(map(list, token_ids))
+            waits, self._waiting = self._waiting > 0, max(0, self._waiting - 1)
+        if waits:
+            with suppress(threading.BrokenBarrierError):
+                self._together.wait(20)
+
+    def end(self, token_ids: Sequence[Sequence[int]], scores: Scores) -> None:
+        with self._lock:
+            self._at_work -= 1
+
+
+def gauged(scorer: Scorer) -> tuple[Scorer, Gauge]:
+    gauge = Gauge()
+    single = replace(scorer.batching, max_batch_tokens=1)
+    return replace(wrapped(scorer, before=gauge.begin, after=gauge.end), batching=single), gauge
+
+
 class TestOutage:
     @pytest.fixture
     def database(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
@@ -598,6 +716,8 @@ def poisoned(scorer: Scorer, trouble: str) -> Scorer:
 
     if trouble == "tokenizer raises":
         return replace(scorer, text_encoder=FailingEncoder(scorer))
+    if trouble == "tokenizer loses it":
+        return replace(scorer, text_encoder=LosingEncoder(scorer))
     return wrapped(scorer, before=fail) if trouble == "engine raises" else wrapped(scorer, after=miscalculate)
 
 
@@ -615,6 +735,14 @@ def counting_scorer(scorer: Scorer) -> tuple[Scorer, list[Sequence[int]]]:
     """The scorer, and all that its engine is given."""
     scored: list[Sequence[int]] = []
     return wrapped(scorer, before=scored.extend), scored
+
+
+class LosingEncoder(TextEncoder):
+    def __init__(self, scorer: Scorer) -> None:
+        self._encoder = scorer.text_encoder
+
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
+        return self._encoder.encode([text for text in texts if text != POISON])
 
 
 class CountingEncoder(TextEncoder):

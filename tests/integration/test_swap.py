@@ -1,7 +1,9 @@
 """Which version a worker scores with: it follows the newest activation, and nothing wrong with one stops it."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from db.queries import LoadRow
 from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow
 from model.engine import Scorer
-from model.version import WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
+from model.version import MANIFEST_FILE, WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
 from tests.integration.outage import outage
 from tests.services import wait_until
 from worker.swap import VersionFollower
@@ -132,6 +134,36 @@ def damage(directory: Path) -> None:
     (directory / WEIGHTS_FILE).write_bytes(content)
 
 
+@contextmanager
+def writing_is_blocked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SQLite only: another process writes meanwhile, and nobody waits for it. Reading goes on."""
+    monkeypatch.setattr("db.session.BUSY_TIMEOUT_S", 0.05)
+    engine.dispose()
+    other = open_database(str(engine.url))
+    with writing(other):
+        yield
+    other.dispose()
+
+
+def read_too_far(directory: Path) -> None:
+    """Say that the version reads longer texts than its encoder does."""
+    manifest = directory / MANIFEST_FILE
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps(facts | {"max_length": 4 * facts["max_length"]}), encoding="utf-8")
+
+
+def count_attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The versions that a worker tries to load from now on; grows."""
+    attempts: list[str] = []
+
+    def find(name: str, versions_dir: Path) -> Path:
+        attempts.append(name)
+        return version_directory(name, versions_dir)
+
+    monkeypatch.setattr("worker.swap.version_directory", find)
+    return attempts
+
+
 def count_loads(engine: Engine) -> int:
     with reading(engine) as connection:
         return int(connection.exec_driver_sql("SELECT count(*) FROM version_loads").scalar_one())
@@ -208,15 +240,17 @@ class TestStarting:
         assert worker.versions == ["v1"]
         assert worker.word(activation).error is None
 
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
     def test_a_start_takes_the_version_before_a_refused_one(
         self, engine: Engine, settings: Settings, publish: Callable[[str], Path]
     ) -> None:
-        # Given an active version that is damaged, one before it that is gone, and a sound one before both
+        # Given an active version that is damaged, two before it that cannot be measured or are gone, and a sound one
         publish("v1")
-        gone, damaged = publish("v2"), publish("v3")
-        for version in ("v1", "v2", "v3"):
+        gone, overlong, damaged = publish("v2"), publish("v2b"), publish("v3")
+        for version in ("v1", "v2", "v2b", "v3"):
             activation = activate(engine, version)
         shutil.rmtree(gone)
+        read_too_far(overlong)
         damage(damaged)
         # When a worker starts
         assert VersionFollower(engine, settings, WORKER).load_first().version == "v1"
@@ -300,6 +334,39 @@ class TestFollowing:
         assert worker.versions == ["v1", "v3"]
         assert worker.counted == (1, 1, False)
 
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+    def test_a_version_that_cannot_be_measured_is_refused_once(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Given a version that loads and scores its probes, and fails in the longer passes of the measurement
+        read_too_far(publish("v2"))
+        attempts = count_attempts(monkeypatch)
+        # When it is activated while nothing can be written
+        activation = activate(engine, "v2")
+        with writing_is_blocked(engine, monkeypatch):
+            worker.look_until(lambda: worker.counted == (0, 1, True), "the refusal")
+            for _ in range(3):
+                worker.look()
+        # Then the word is given as soon as it can be, and the version is not loaded again until the pause is over
+        word = worker.word(activation)
+        assert word.version == "v1"
+        assert word.error is not None
+        assert "version v2" in word.error
+        assert (attempts, worker.versions) == (["v2"], ["v1"])
+
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+    def test_an_activation_with_the_number_of_a_lost_one_is_followed(
+        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+    ) -> None:
+        # When the database is restored, and another version is activated, before the worker looks again
+        publish("v2")
+        with writing(engine) as connection:
+            connection.exec_driver_sql("DELETE FROM version_loads")
+            connection.exec_driver_sql("DELETE FROM activations")
+            again = queries.activate(connection, version="v2", by="me", reason="test", now=datetime.now(UTC))
+        assert worker.word(again).version == "v2"
+        assert worker.versions == ["v1", "v2"]
+
     def test_a_version_that_comes_late_is_loaded_when_it_is_there(
         self, worker: Worker, engine: Engine, publish: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -314,13 +381,7 @@ class TestFollowing:
         assert "version v2: there is no directory" in word.error
         # Then the attempts that follow say nothing new
         before = count_loads(engine)
-        attempts: list[str] = []
-
-        def find(name: str, versions_dir: Path) -> Path:
-            attempts.append(name)
-            return version_directory(name, versions_dir)
-
-        monkeypatch.setattr("worker.swap.version_directory", find)
+        attempts = count_attempts(monkeypatch)
         worker.look_until(lambda: len(attempts) > 2, "several attempts")
         assert count_loads(engine) == before
         # Until it is there
@@ -376,11 +437,24 @@ class TestFollowing:
         assert trial.verdict is not None
         assert "it failed to score 5 of 5 comments (100.0%)" in trial.verdict
 
+    @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+    @pytest.mark.parametrize("spoil", [lambda files: damage(files), lambda files: read_too_far(files)])
     def test_a_candidate_that_cannot_be_loaded_ends_its_trial(
-        self, worker: Worker, engine: Engine, publish: Callable[[str], Path]
+        self,
+        worker: Worker,
+        engine: Engine,
+        publish: Callable[[str], Path],
+        spoil: Callable[[Path], None],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        damage(publish("v2"))
+        spoil(publish("v2"))
+        attempts = count_attempts(monkeypatch)
         start_canary(engine, "v2")
+        # Also where its end cannot be written for a while, in which it is not loaded again and again
+        with writing_is_blocked(engine, monkeypatch):
+            worker.look_until(lambda: bool(attempts), "an attempt")
+            for _ in range(3):
+                worker.look()
 
         def ended() -> bool:
             with reading(engine) as connection:
@@ -391,8 +465,8 @@ class TestFollowing:
             trial = trials.newest_trial(connection, "canary")
         assert (trial.outcome, trial.ended_by) == ("rolled_back", WORKER)
         assert trial.verdict is not None
-        assert f"worker {WORKER} cannot load it: version v2: model.safetensors is damaged" in trial.verdict
-        assert (worker.trials, worker.versions) == ([], ["v1"])
+        assert f"worker {WORKER} cannot load it: version v2" in trial.verdict
+        assert (worker.trials, worker.versions, attempts) == ([], ["v1"], ["v2"])
 
 
 def test_an_absent_database_stops_nothing(
