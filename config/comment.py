@@ -37,11 +37,12 @@ def checked_text(value: str) -> str:
     Raises:
         ValueError: it cannot; the message says why, without a word of it.
     """
+    # The length first: what follows may look at every character, and a text may come with 64 MiB of them.
+    if (length := len(value.encode(errors="surrogatepass"))) > MAX_TEXT_BYTES:
+        raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
     _storable(value)
     if not SEEN.search(value) and all(unicodedata.category(character) in UNSEEN for character in value):
         raise ValueError("is empty, or holds nothing that can be seen; a comment needs text to be scored")
-    if (length := len(value.encode())) > MAX_TEXT_BYTES:
-        raise ValueError(f"has {length:,} bytes of UTF-8, more than the {MAX_TEXT_BYTES:,} allowed; shorten it")
     return value
 
 

@@ -26,11 +26,22 @@ MALFORMED_BYTES_HEADER = "moderato_malformed_bytes"
 """The raw message's whole length."""
 MALFORMED_BODY_BYTES = 64 * 1024
 
+MAX_VALUES = 1_000_000
+"""In the JSON of an envelope or a body; 256 comments hold fewer. Reading one takes a second, and no other byte of a
+message is so expensive."""
+
 MAX_SEARCHED_BYTES = 8 * 1024 * 1024
 """Of what cannot be read: where more is left, what it may forbid is not looked for but taken for granted."""
+MAX_SEARCH_BYTES = 64 * 1024 * 1024
+"""The same for one message in sum: what is left of it, what stands in it in base64, and what that decompresses to."""
+LEAST_SEARCH_BYTES = 1_024
+"""The least that one part counts for, however short it is: thousands of short ones take time too."""
 FORBIDS_STORING = re.compile(rb'store_text(?!\\*"\s*:\s*true\b)')
 """Anything but a plain true, in JSON or in JSON within a string: what is this wrong may have meant to forbid it."""
-ESCAPED_ASCII = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
+DISGUISED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
+"""A letter, digit or underscore that is written as an escape, as no producer does: it may spell `store_text`."""
+BASE64_ESCAPES = {rb"\/": b"/", rb"\u002b": b"+", rb"\u002B": b"+", rb"\u002f": b"/", rb"\u002F": b"/"}
+"""As some producers write what stands in base64 in JSON."""
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}={0,2}")
 ZLIB = "application/x-gzip"
 ZLIB_BEGINNINGS = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
@@ -49,6 +60,8 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
     """
     if len(raw) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"the message is {len(raw)} bytes long; at most {MAX_MESSAGE_BYTES} are read")
+    if holds_more_values(raw, MAX_VALUES):
+        raise MalformedMessage(f"the envelope holds more than {MAX_VALUES:,} values")
     try:
         envelope = from_json(raw)
     except ValueError:
@@ -101,20 +114,42 @@ def _decompress(body: bytes, compression: object) -> bytes:
         return body
     if compression != ZLIB:
         raise MalformedMessage(f"compression {shown(compression)}: only zlib is read")
+    return _unzipped(body, MAX_MESSAGE_BYTES)
+
+
+def _unzipped(body: bytes, most: int) -> bytes:
     decompressor = zlib.decompressobj()
     try:
-        plain = decompressor.decompress(body, MAX_MESSAGE_BYTES)
+        plain = decompressor.decompress(body, most)
     except zlib.error:
         raise MalformedMessage("the body is not zlib, as its compression header says") from None
     if not decompressor.eof:
-        raise MalformedMessage(f"the compressed body is cut short, or holds more than {MAX_MESSAGE_BYTES} bytes")
+        raise MalformedMessage(f"the compressed body is cut short, or holds more than {most} bytes")
     return plain
 
 
-def malformed_envelope(raw: bytes, reason: str) -> dict[str, Any]:
+def holds_more_values(json_text: bytes, most: int) -> bool:
+    """Whether a JSON text holds more values than this: known before anything is made of them, in linear time."""
+    if len(json_text) <= most or _values(json_text) <= most:
+        return False
+    # Most of it may stand within strings, which the quotes part from the rest.
+    unescaped = json_text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if unescaped.count(b'"') > 4 * most:  # each string has two, and is a value or the name of one
+        return True
+    return _values(b"".join(unescaped.split(b'"')[::2])) > most
+
+
+def _values(json_text: bytes) -> int:
+    return 1 + sum(map(json_text.count, (b",", b"[", b"{")))
+
+
+def malformed_envelope(raw: bytes, reason: str, *, searched: bool = True) -> dict[str, Any]:
     """A well-formed envelope around one that is not, so that it travels to the consumer like any other message.
 
     Named as our task, because Celery logs the body of a message without a task and drops it.
+
+    Args:
+        searched: false where looking into it may be what ends its workers; nothing of it is kept then.
     """
     headers = {
         "task": MODERATE_TASK,
@@ -123,7 +158,7 @@ def malformed_envelope(raw: bytes, reason: str) -> dict[str, Any]:
         MALFORMED_BYTES_HEADER: len(raw),
     }
     return {
-        "body": b"" if may_forbid_storing(raw) else raw[:MALFORMED_BODY_BYTES],
+        "body": raw[:MALFORMED_BODY_BYTES] if searched and not StoringSearch().may_forbid(raw) else b"",
         "content-type": "application/octet-stream",
         "content-encoding": "binary",
         "headers": headers,
@@ -131,40 +166,54 @@ def malformed_envelope(raw: bytes, reason: str) -> dict[str, Any]:
     }
 
 
-def may_forbid_storing(raw: bytes) -> bool:
-    """Whether a message or body that cannot be read may hold a comment with `store_text: false`.
+class StoringSearch:
+    """Looks for comments that forbid storing in what cannot be read of one message. One bound holds for all parts."""
 
-    What looks like a body in base64 is looked into, also where it begins or ends too soon. Where it cannot be told,
-    as in what is compressed and damaged, it may.
-    """
-    if len(raw) > MAX_SEARCHED_BYTES:
-        return True
-    raw = _unescaped(raw).replace(b"\\/", b"/")
-    if FORBIDS_STORING.search(raw):
-        return True
-    decompressed_some = False
-    for body in _bodies(raw):
-        if body[:2] in ZLIB_BEGINNINGS:
-            try:
-                body = _decompress(body, ZLIB)
-            except MalformedMessage:
-                return True
-            decompressed_some = True
-        if FORBIDS_STORING.search(_unescaped(body)):
+    def __init__(self) -> None:
+        self._left = MAX_SEARCH_BYTES
+
+    def may_forbid(self, raw: bytes) -> bool:
+        """Whether a message, body or comment that cannot be read may hold a comment with `store_text: false`.
+
+        What looks like a body in base64 is looked into, also where it begins or ends too soon. Where it cannot be
+        told, as in what is compressed and damaged, or past the bound, it may.
+        """
+        if len(raw) > MAX_SEARCHED_BYTES or not self._may_look_at(raw) or _forbids(raw):
             return True
-    return bool(COMPRESSED.search(raw)) and not decompressed_some
+        for escape, plain in BASE64_ESCAPES.items():
+            raw = raw.replace(escape, plain)
+        decompressed_some = False
+        for body in _bodies(raw):
+            if not self._may_look_at(body):
+                return True
+            if body[:2] in ZLIB_BEGINNINGS:
+                try:
+                    body = _unzipped(body, self._left)
+                except MalformedMessage:
+                    self._left = 0  # of damaged ones nobody says how much came out before
+                    return True
+                decompressed_some = True
+                if not self._may_look_at(body):
+                    return True
+            if _forbids(body):
+                return True
+        return bool(COMPRESSED.search(raw)) and not decompressed_some
+
+    def _may_look_at(self, part: bytes) -> bool:
+        self._left -= max(len(part), LEAST_SEARCH_BYTES)
+        return self._left > 0
 
 
-def _unescaped(json_text: bytes) -> bytes:
-    return ESCAPED_ASCII.sub(lambda escape: bytes([int(escape[1], 16)]), json_text)
+def _forbids(json_text: bytes) -> bool:
+    return bool(FORBIDS_STORING.search(json_text) or DISGUISED.search(json_text))
 
 
 def _bodies(raw: bytes) -> Iterator[bytes]:
     """What stands in base64 in it; a part whose beginning is lost may begin anywhere."""
-    for part in BASE64.findall(raw):
+    for part in BASE64.finditer(raw):
         for start in range(4):
-            whole = (len(part) - start) // 4 * 4
-            yield binascii.a2b_base64(part[start : start + whole])
+            whole = (len(part[0]) - start) // 4 * 4
+            yield binascii.a2b_base64(part[0][start : start + whole])
 
 
 def write_envelope(headers: Mapping[str, Any], body: bytes, queue: str) -> bytes:

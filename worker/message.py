@@ -24,7 +24,14 @@ from config.names import (
     SUBMITTED_AT_HEADER,
     Reason,
 )
-from worker.envelope import MALFORMED_BYTES_HEADER, MALFORMED_HEADER, may_forbid_storing, write_envelope
+from worker.envelope import (
+    MALFORMED_BYTES_HEADER,
+    MALFORMED_HEADER,
+    MAX_VALUES,
+    StoringSearch,
+    holds_more_values,
+    write_envelope,
+)
 
 MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
@@ -36,6 +43,8 @@ JSON_WHITESPACE = b" \t\r\n"
 NAME_ENDS, QUOTED_NAME_ENDS, ESCAPED_BACKSLASH_ENDS = b'":', rb"\":", rb'\\":'
 MAX_NESTING = 64
 """Levels of lists and objects in a comment, more than it needs. Deeper ones can be read, but not surely written."""
+MAX_FIELDS = 1_000
+"""Of a comment, each of which is looked at before it is refused."""
 NAME = TypeAdapter(Name)
 TIME_HEADERS = SUBMITTED_AT_HEADER, ENQUEUED_AT_HEADER
 NAMED = {"community": "community", "comment_id": "id", "author": "author"}
@@ -113,6 +122,10 @@ def parse_message(headers: Mapping[str, Any], body: bytes, *, now: datetime) -> 
         return refuse_unread(
             headers, body, Reason.UNREADABLE_MESSAGE, f"not a Celery message: {headers[MALFORMED_HEADER]}"
         )
+    if holds_more_values(body, MAX_VALUES):
+        detail = f"the body holds more than {MAX_VALUES:,} JSON values"
+        whole = _refuse_whole(_message_id(headers.get("id"), body), Reason.UNREADABLE_MESSAGE, detail, body)
+        return Parsed(refused=[whole])
     if headers.get("task") == MODERATE_TASK:
         try:
             # Nearly every message: all of it in one pass of compiled code. Whatever is odd about another one, reading
@@ -140,12 +153,12 @@ def _parse_step_by_step(headers: Mapping[str, Any], body: bytes, now: datetime) 
         )
         return Parsed(refused=[_refuse_whole(message_id, Reason.TOO_MANY_COMMENTS, detail, body)])
 
-    parsed, sound = Parsed(), []
+    parsed, sound, search = Parsed(), [], StoringSearch()
     for index, raw in enumerate(comments):
         try:
             sound.append((index, _sound(raw)))
         except _Unsound as problem:
-            parsed.refused.append(_refuse_raw(f"{message_id}:{index}", problem.detail, raw))
+            parsed.refused.append(_refuse_raw(f"{message_id}:{index}", problem.detail, raw, search))
     return _submit(message_id, sound, parsed, now)
 
 
@@ -182,7 +195,7 @@ def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail
     return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, **named)
 
 
-def _refuse_raw(dead_letter_id: str, detail: str, raw: object) -> Refused:
+def _refuse_raw(dead_letter_id: str, detail: str, raw: object, search: StoringSearch) -> Refused:
     """A refusal of what stands in the place of a comment."""
     try:
         payload = json.dumps(raw).encode()
@@ -191,7 +204,7 @@ def _refuse_raw(dead_letter_id: str, detail: str, raw: object) -> Refused:
     fields = raw if isinstance(raw, dict) else {}
     # By these an operator finds it, and whoever wants it erased.
     named = {column: _name(fields.get(name)) for column, name in NAMED.items()}
-    return _refuse(dead_letter_id, Reason.INVALID_COMMENT, detail, payload, not may_forbid_storing(payload), **named)
+    return _refuse(dead_letter_id, Reason.INVALID_COMMENT, detail, payload, not search.may_forbid(payload), **named)
 
 
 def _name(value: object) -> str | None:
@@ -210,7 +223,7 @@ def _refuse(
 
 def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes) -> Refused:
     # Its comments cannot be told apart, so one that must not be stored forbids it for all.
-    return _refuse(message_id, reason, detail, body, not may_forbid_storing(body))
+    return _refuse(message_id, reason, detail, body, not StoringSearch().may_forbid(body))
 
 
 def _message_id(task_id: object, body: bytes) -> str:
@@ -303,6 +316,8 @@ def _is_repetitive(value: object) -> bool:
 def _sound(raw: object) -> Comment:
     if is_nested_deeper_than(MAX_NESTING, raw):
         raise _Unsound(f"is nested too deeply; {MAX_NESTING} levels are allowed in all")
+    if isinstance(raw, dict) and len(raw) > MAX_FIELDS:
+        raise _Unsound(f"has {len(raw):,} fields, which is more than a comment of any version has")
     if isinstance(raw, _Repetitive):
         raise _Unsound(f"{shown(raw.repeated)} stands twice; which of them counts is left open")
     if _is_repetitive(raw):

@@ -56,6 +56,8 @@ LONGEST_WAIT_S = 5.0
 SUSPECT_RETURNS = 2
 UNREAD_RETURNS = 10
 """A message that came back so often is not even read any more: reading it may be what ends its workers."""
+DELIVER_S = 1.0
+"""After so long the hub has its turn, which renews leases, before more messages of a fetch are read."""
 RETURNS_KEPT_S = 86_400
 """How long returns are counted after the last one, for messages that others have taken over and acknowledged."""
 LOWER_QUEUE_SHARE = 16
@@ -209,12 +211,13 @@ class Message(virtual.Message):
         if not isinstance(payload, Delivery):
             super().__init__(payload, channel, **kwargs)
             return
-        try:
-            if payload.returns >= UNREAD_RETURNS:
-                raise MalformedMessage("it came back too often to be read once more")
-            envelope = read_envelope(payload.raw)
-        except MalformedMessage as reason:
-            envelope = malformed_envelope(payload.raw, str(reason))
+        if payload.returns >= UNREAD_RETURNS:
+            envelope = malformed_envelope(payload.raw, "it came back too often to be read once more", searched=False)
+        else:
+            try:
+                envelope = read_envelope(payload.raw)
+            except MalformedMessage as reason:
+                envelope = malformed_envelope(payload.raw, str(reason))
         properties = envelope["properties"]
         properties["delivery_tag"] = payload.tag
         properties["delivery_info"] = delivery_info = {"exchange": "", "routing_key": payload.queue}
@@ -250,6 +253,11 @@ class QoS(virtual.QoS):
     def hold_returned(self, delivery: Delivery) -> None:
         """Note that its returns must be forgotten when it is acknowledged."""
         self._digests[delivery.tag] = hashlib.sha1(delivery.raw, usedforsecurity=False).hexdigest()
+
+    def held_bytes(self, delivery_tag: str) -> int:
+        """Of a message's body, as it was read; none of one that is settled already."""
+        message = self._delivered.get(delivery_tag)
+        return 0 if message is None else len(message.body)
 
     @property
     def holds_some(self) -> bool:
@@ -615,14 +623,20 @@ class Channel(kombu_redis.Channel):
         self._taken += len(waiting)
         for queue in dict.fromkeys(delivery.queue for delivery in deliveries):
             self._queue_cycle.rotate(queue)
+        until, room = monotonic() + DELIVER_S, self.max_fetch_bytes
         try:
             while waiting and not self._closing:
                 delivery = waiting.popleft()
                 if delivery.returns:
                     self.qos.hold_returned(delivery)
                 self.connection._deliver(delivery, delivery.queue)
+                room -= self.qos.held_bytes(delivery.tag)
+                # What is not acknowledged is not held, so it could not go back.
+                if (room <= 0 or monotonic() > until) and not self._no_ack_queues:
+                    break
         finally:
             # Closing, or a consumer raised: Redis counts the rest as held by us, but nobody here would ever ack it.
+            # Or a few messages were large once decompressed, or slow to read: the next fetch takes the rest.
             self.qos.give_back(delivery.tag for delivery in reversed(waiting))
 
     def close(self) -> None:

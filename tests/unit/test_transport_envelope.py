@@ -1,26 +1,36 @@
 """What may reach a consumer, and what is said of the rest."""
 
 import base64
+import binascii
 import bz2
 import json
 import zlib
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.names import MODERATE_TASK
+from worker import envelope
 from worker.envelope import (
+    LEAST_SEARCH_BYTES,
     MALFORMED_BODY_BYTES,
     MALFORMED_BYTES_HEADER,
     MALFORMED_HEADER,
     MAX_MESSAGE_BYTES,
+    MAX_SEARCH_BYTES,
     MAX_SEARCHED_BYTES,
     MalformedMessage,
+    StoringSearch,
+    holds_more_values,
     malformed_envelope,
-    may_forbid_storing,
     read_envelope,
 )
+from worker.message import parse_message
+from worker.transport import UNREAD_RETURNS, Delivery, Message
 
 BODY = b'[[[{"text": "hello"}]], {}, {}]'
 
@@ -151,7 +161,7 @@ def enveloped(body: bytes, **changes: Any) -> bytes:
     ],
 )
 def test_what_may_not_be_stored_leaves_no_bytes(raw: bytes) -> None:
-    assert may_forbid_storing(raw)
+    assert StoringSearch().may_forbid(raw)
     wrapped = malformed_envelope(raw, "")
     assert (wrapped["body"], wrapped["headers"][MALFORMED_BYTES_HEADER]) == (b"", len(raw))
 
@@ -160,6 +170,7 @@ def test_what_may_not_be_stored_leaves_no_bytes(raw: bytes) -> None:
     "raw",
     [
         pytest.param(changed(), id="says nothing of it"),
+        pytest.param(changed(body=r"<p>\u003c \u002b \u0026 \/ \u00e9 \n"), id="escapes that producers write"),
         pytest.param(enveloped(SECRET_BODY.replace(b"false", b"true")), id="true"),
         pytest.param(json.dumps(SECRET_BODY.replace(b"false", b"true").decode()).encode(), id="true in a string"),
         pytest.param(compressed(zlib.compress(BODY)), id="zlib"),
@@ -167,9 +178,84 @@ def test_what_may_not_be_stored_leaves_no_bytes(raw: bytes) -> None:
     ],
 )
 def test_what_may_be_stored_is_kept(raw: bytes) -> None:
-    assert not may_forbid_storing(raw)
+    assert not StoringSearch().may_forbid(raw)
 
 
 @given(st.binary(max_size=60), st.integers(0, 20), st.sampled_from(["", "=", "==", "=" * 9]))
 def test_any_bytes_are_looked_through(raw: bytes, start: int, end: str) -> None:
-    may_forbid_storing((base64.b64encode(raw).decode()[start:] + end).encode())
+    StoringSearch().may_forbid((base64.b64encode(raw).decode()[start:] + end).encode())
+
+
+class CountedZlib:
+    """zlib that counts what comes out of it."""
+
+    error = zlib.error
+
+    def __init__(self) -> None:
+        self.decompressed_bytes = 0
+
+    def decompressobj(self) -> Any:
+        inner, outer = zlib.decompressobj(), self
+
+        class Decompressor:
+            eof = property(lambda _: inner.eof)
+
+            def decompress(self, data: bytes, most: int) -> bytes:
+                plain = inner.decompress(data, most)
+                outer.decompressed_bytes += len(plain)
+                return plain
+
+        return Decompressor()
+
+
+BOMBS = b" ".join([base64.b64encode(zlib.compress(bytes(1 << 20)))] * 100)
+
+
+@pytest.mark.parametrize(
+    ("returns", "most"), [pytest.param(0, MAX_SEARCH_BYTES, id="first"), pytest.param(UNREAD_RETURNS, 0, id="unread")]
+)
+def test_one_bound_holds_for_all_that_a_message_decompresses_to(
+    monkeypatch: pytest.MonkeyPatch, returns: int, most: int
+) -> None:
+    # Given a message of 100 compressed parts of 1 MiB each, none of which forbids anything
+    counted = CountedZlib()
+    monkeypatch.setattr(envelope, "zlib", counted)
+    message = Message(Delivery("tag", "toxicity", BOMBS, returns))
+    # Then no more of them is decompressed than one message may, and nothing of what is left out is kept
+    assert counted.decompressed_bytes <= most
+    assert (message.body, message.headers[MALFORMED_BYTES_HEADER]) == (b"", len(BOMBS))
+    # And so for as many bad comments in one list
+    counted.decompressed_bytes = 0
+    body = json.dumps([[[{"text": 1, "x": part.decode()} for part in BOMBS.split()]], {}, {}]).encode()
+    refused = parse_message({"task": MODERATE_TASK}, body, now=datetime.now(UTC)).refused
+    assert counted.decompressed_bytes <= MAX_SEARCH_BYTES
+    assert {bool(one.payload) for one in refused[:40]} == {True}
+    assert refused[-1].payload == b""
+
+
+@pytest.mark.parametrize("part", [b"A" * 16, base64.b64encode(zlib.compress(b"abcdef"))], ids=["plain", "zlib"])
+def test_short_parts_have_a_bound_too(monkeypatch: pytest.MonkeyPatch, part: bytes) -> None:
+    looks = 0
+
+    def counted(text: bytes) -> bytes:
+        nonlocal looks
+        looks += 1
+        return binascii.a2b_base64(text)
+
+    monkeypatch.setattr(envelope, "binascii", SimpleNamespace(a2b_base64=counted))
+    assert StoringSearch().may_forbid(b" ".join([part] * 100_000))
+    assert looks <= MAX_SEARCH_BYTES // LEAST_SEARCH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("body", "more"),
+    [
+        (b"[" + b"0," * 50 + b"0]", False),
+        (b"[" + b"0," * 200 + b"0]", True),
+        (b"[" + b"{}," * 200 + b"0]", True),
+        (b"[" + b'"",' * 200 + b"0]", True),
+        (rb'["' + rb",[{\",\\" * 200 + rb'"]', False),
+    ],
+)
+def test_values_are_counted_outside_of_strings(body: bytes, more: bool) -> None:
+    assert holds_more_values(body, 100) == more
