@@ -17,7 +17,7 @@ from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, SettingsError, settings, without_password
 from config.urls import check_broker_url, parse_database_url
-from db.session import DatabaseProblem, open_database, reading, sqlite_file, without_rows, writing
+from db.session import DatabaseProblem, lacks_file, open_database, reading, sqlite_file, without_rows, writing
 
 CONNECT_TIMEOUT_S = 3
 SOCKET_TIMEOUT_S = 15
@@ -161,9 +161,10 @@ class Connections:
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Turn what the driver says into what happened: most often a database without, or with older, tables."""
-        if (file := sqlite_file(self._database_url)) and not file.exists():  # asking would make it
+        if lacks_file(self._database_url):  # asking would make it
             from db.migrate import SchemaMismatch
 
+            file = sqlite_file(self._database_url)
             raise SchemaMismatch(f"there is no database {file}: run `moderato db upgrade`")
         try:
             yield

@@ -256,7 +256,8 @@ def _check_sqlite(file: Path) -> Iterator[Finding]:
     from db.checking import BUSY_S, try_sqlite
 
     if not file.exists():
-        yield Finding("database", "problem", f"there is no {file}", "run `moderato db upgrade`")
+        advice = "`moderato up` makes it; for processes that you start yourself run `moderato db upgrade`"
+        yield Finding("database", "problem", f"there is no {file}", advice)
         return
     kind = _file_system(file)
     if kind.startswith(NETWORK_FILE_SYSTEMS):
@@ -454,6 +455,10 @@ def check_disks(settings: Settings) -> Iterator[Finding]:
     if file := sqlite_file(settings.database_url):
         places["database"] = file.parent
     seen: set[int] = set()
+    # Its default is made at the first start. Another one is a volume that is not mounted, or a misspelt name.
+    if settings.versions_dir != ROOT / "var" / "versions" and not settings.versions_dir.is_dir():
+        said = f"there is no directory {settings.versions_dir} (versions)"
+        yield Finding("disk", "problem", said, "make or mount it, or correct MODERATO_VERSIONS_DIR")
     for name, place in places.items():
         there = next(each for each in (place, *place.parents) if each.exists())
         device = there.stat().st_dev

@@ -1,5 +1,6 @@
 """`moderato`: every command under one name. Imports nothing heavy: each command loads what it needs when it runs."""
 
+import errno
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -26,23 +27,45 @@ from cli import (
     versions,
     webhooks,
 )
-from cli.terminal import out, say
+from cli.terminal import out, say, user
 from cli.trainer_options import TrainerCommand
 
 OUR_PACKAGES = ("config", "db", "model", "worker", "trainer", "api_client", "cli")
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Of the system: this user may not do that there, or there is no space left."""
 
 
 class Commands(TyperGroup):
-    """Shows an exception of our own as the one line it was written to be; any other is a bug with its traceback."""
+    """Shows an exception of our own, and what the system or the database refuses, in one line.
+
+    Any other is a bug with its traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            if (said := in_a_line(error)) is None:
                 raise
-            say(f"moderato: {error}")
+            say(f"moderato: {said}")
             raise typer.Exit(1) from None
+
+
+def in_a_line(error: Exception) -> str | None:
+    """What a command says instead of a traceback; None where the traceback is needed."""
+    if type(error).__module__.partition(".")[0] in OUR_PACKAGES:
+        return str(error)
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return f"{error.filename or 'a file'} cannot be used by {user()}: {error.strerror}"
+
+    from sqlalchemy.exc import DBAPIError
+
+    from config.settings import settings, without_password
+    from db.session import is_outage, without_rows
+
+    if isinstance(error, DBAPIError) and is_outage(error):
+        return f"the database {without_password(settings().database_url)} cannot be used: {without_rows(error)}"
+    return None
 
 
 app = typer.Typer(

@@ -308,12 +308,10 @@ def deciding_policy() -> "Policy":
 
 def database_is_there() -> bool:
     """Whether one can be asked: SQLite would make a new file where there is none."""
-    from sqlalchemy import make_url
-
     from config.settings import settings
+    from db.session import lacks_file
 
-    url = make_url(settings().database_url)
-    return url.get_backend_name() != "sqlite" or Path(url.database or "").is_file()
+    return not lacks_file(settings().database_url)
 
 
 def worker_line(node: str, policy_version: str | None, refusal: str | None) -> str:

@@ -77,6 +77,14 @@ def sqlite_file(url: str) -> Path | None:
     return _file(make_url(url))
 
 
+def lacks_file(url: str) -> bool:
+    """Whether this is a SQLite database that nobody made yet: opening it would make it."""
+    try:
+        return (file := sqlite_file(url)) is not None and not file.exists()
+    except OSError:  # this user may not look; opening says why
+        return False
+
+
 def _file(url: URL) -> Path | None:
     return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
@@ -149,9 +157,15 @@ def _open_sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "do_connect")
     def make_private(*_: Any) -> None:
         # SQLite would let everyone on this machine read it; its write-ahead log takes after it.
-        if file is not None:
+        if file is None:
+            return
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch(mode=0o600)
+            if not file.exists():
+                file.touch(mode=0o600)
+        except OSError as error:
+            # As the driver would say it, but with the reason: callers handle what drivers raise.
+            raise sqlite3.OperationalError(f"unable to open database file: {error.strerror}") from None
 
     @event.listens_for(engine, "connect")
     def configure(driver_connection: Any, _record: Any) -> None:

@@ -199,6 +199,15 @@ def test_a_policy_that_cannot_be_read(redis_url: str, sqlite_url: str, tmp_path:
     assert "unless another is active" in found(check_policy, nowhere)["problem"]
 
 
+def test_a_directory_of_versions_that_is_not_there(tmp_path: Path) -> None:
+    absent, there = (
+        list(check_disks(load_settings({"MODERATO_VERSIONS_DIR": str(directory)})))
+        for directory in (tmp_path / "absent", tmp_path)
+    )
+    assert absent[0].level == "problem"
+    assert len(absent) == len(there) + 1
+
+
 def test_a_check_that_hangs_or_breaks_hides_no_other() -> None:
     forever = threading.Event()
 
