@@ -82,7 +82,7 @@ bench-gpu-wheels:
 # pip-tools writes the file; a CPU-only build of torch must not end up in everyone's lock.
 lock: install
 	$(BIN)/python -m pip install -q pip-tools
-	$(BIN)/pip-compile -q --extra embedded --extra hub --extra bench --extra test --strip-extras --allow-unsafe --no-annotate --no-header \
+	$(BIN)/pip-compile -q --extra embedded --extra hub --extra parquet --extra bench --extra test --strip-extras --allow-unsafe --no-annotate --no-header \
 		--no-emit-options -o requirements.lock pyproject.toml
 	sed -i -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^#/d' -e '/^$$/d' requirements.lock
 	sed -i '1i # Every package at the version the tests passed with; made from pyproject.toml by `make lock`.' requirements.lock

@@ -1,86 +1,85 @@
 """Scoring without a queue: `moderato score`, and what other commands score with."""
 
-import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.policies import deciding_policy
+from cli.tables import STDOUT, BadRows, Encoding, Rows, Separator, SkipBadRows, TextColumn, text_column_of
 from cli.terminal import Problem, progress, say
 from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
+from config.table_files import Row, Table, open_table, quoted
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from model.engine import Scorer, Scores
     from model.policy import Policy
 
 ROWS_PER_CHUNK = 512
 ADDED_COLUMNS = (*LABELS, "action")
+LABELLED_PREFIX = "score_"
 
 Version = Annotated[str, typer.Option(help="Name in the versions directory, or a version's own directory.")]
 
 
 def score(
-    source: Annotated[Path, typer.Argument(metavar="IN.csv", exists=True, dir_okay=False)],
-    target: Annotated[Path, typer.Argument(metavar="OUT.csv", dir_okay=False)],
-    text_column: Annotated[str, typer.Option(help="Column that holds the texts.")] = "comment_text",
+    source: Annotated[str, typer.Argument(metavar="IN", help="CSV, JSON lines or Parquet; - is standard input.")],
+    target: Annotated[
+        str, typer.Argument(metavar="OUT", help="Written as IN is, or as its ending says; - is standard output.")
+    ],
+    text_column: TextColumn = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Of the added columns; by default none, or score_ where IN has one of these columns."),
+    ] = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
     version: Version = STARTER_VERSION,
     policy: Annotated[Path | None, typer.Option(help="Policy file; by default the policy that is active.")] = None,
     community: Annotated[str, typer.Option(help="Whose rules of the policy decide.")] = DEFAULT_COMMUNITY,
 ) -> None:
-    """Add the six scores and the action to every row of a CSV, here and now, without a queue.
+    """Add the six scores and the action to every row of a file, here and now, without a queue.
 
-    All columns and rows stay as they are. A row whose text is empty gets neither scores nor action.
+    All columns stay, and all rows but bad ones. A row whose text is empty gets neither scores nor action.
 
     Example: moderato score comments.csv scored.csv --text-column comment_text
+
+    Example: zcat comments.jsonl.gz | moderato score - - > scored.jsonl
     """
-    import pandas as pd
-
-    from config.settings import settings
-    from model.engine import load_scorer
-    from model.policy import read_policy
-
-    rules = read_policy(policy) if policy else deciding_policy()
-    scorer = load_scorer(
-        find_version(version),
-        device=settings().worker.device,
-        engine=settings().worker.engine,
-        threads=settings().worker.threads,
-    )
-    say(f"version {scorer.version}, {scorer.engine.description}")
+    bad = BadRows(skip_bad_rows)
     rows = 0
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=pd.errors.ParserWarning),
-            source.open("rb") as read,
-            _written_whole(target) as written,
-            progress(f"scoring {source.name}", source.stat().st_size) as update,
-        ):
-            chunks = pd.read_csv(
-                read,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-                # Otherwise pandas takes the first column for row names where the first row has too many fields.
-                index_col=False,
-                chunksize=ROWS_PER_CHUNK,
-                compression="gzip" if source.suffix == ".gz" else None,
-            )
-            for frame in chunks:
-                _check_columns(frame, source, text_column)
-                _add_scores(frame, text_column, scorer, rules, community).to_csv(
-                    written, header=rows == 0, index=False, float_format="%.6f"
-                )
-                rows += len(frame)
-                update(read.tell(), note=f"{rows:,} rows")
-    except (ValueError, pd.errors.ParserWarning, OSError) as error:
-        raise Problem(f"{source} could not be scored: {error}; {target} was not written") from None
-    say(f"{rows:,} rows in {target}")
+    # All of the files is looked at before the model is loaded.
+    with open_table(source, bad.form(separator, encoding)) as table:
+        column = text_column_of(table, text_column)
+        added = added_columns(table.columns, prefix)
+        out_rows = Rows(target, table, [*table.columns, *added.values()])
+        with out_rows.writing(), progress(f"scoring {table.name}", table.size) as update:
+            scorer, rules = _load(version, policy)
+            for chunk in _chunks(table, column):
+                for row, values in zip(chunk, _judged(chunk, column, scorer, rules, community), strict=True):
+                    out_rows.add(row, {added[name]: value for name, value in values.items()})
+                rows += len(chunk)
+                update(table.bytes_read(), note=f"{rows:,} rows")
+    bad.tell()
+    say(f"{rows:,} rows in {'standard output' if target == STDOUT else target}")
+
+
+def added_columns(columns: Sequence[str], prefix: str | None) -> dict[str, str]:
+    """What the scores' and the action's columns are called in a table that has these columns.
+
+    Raises:
+        Problem: the table has one of that name.
+    """
+    if prefix is None:
+        prefix = "" if not set(columns) & set(ADDED_COLUMNS) else LABELLED_PREFIX
+        if prefix:
+            say(f"there is a column of labels or actions already: the added ones are called {prefix}toxic and so on")
+    added = {name: f"{prefix}{name}" for name in ADDED_COLUMNS}
+    if taken := [name for name in added.values() if name in columns]:
+        raise Problem(f"there is a column {taken[0]!r} already: give the added ones another --prefix")
+    return added
 
 
 def score_texts(scorer: "Scorer", texts: Sequence[str]) -> "Scores":
@@ -108,32 +107,53 @@ def find_version(name: str) -> Path:
     return directory if (directory / MANIFEST_FILE).is_file() else version_directory(name, settings().versions_dir)
 
 
-def _check_columns(frame: "pd.DataFrame", source: Path, text_column: str) -> None:
-    if text_column not in frame:
-        columns = ", ".join(map(str, frame.columns))
-        raise Problem(f"{source} has no column {text_column!r}; it has {columns}. Name it with --text-column")
-    if taken := [column for column in ADDED_COLUMNS if column in frame]:
-        raise Problem(f"{source} has a column {taken[0]!r} already, which would be overwritten; rename it first")
+def _load(version: str, policy: Path | None) -> "tuple[Scorer, Policy]":
+    from config.settings import settings
+    from model.engine import load_scorer
+    from model.policy import read_policy
+
+    rules = read_policy(policy) if policy else deciding_policy()
+    worker = settings().worker
+    scorer = load_scorer(find_version(version), device=worker.device, engine=worker.engine, threads=worker.threads)
+    say(f"version {scorer.version}, {scorer.engine.description}")
+    return scorer, rules
 
 
-def _add_scores(
-    frame: "pd.DataFrame", text_column: str, scorer: "Scorer", policy: "Policy", community: str
-) -> "pd.DataFrame":
-    with_text = frame[text_column].str.strip() != ""
-    scores = scorer.score_texts(frame.loc[with_text, text_column].tolist())
-    for column, label in enumerate(LABELS):
-        frame.loc[with_text, label] = scores[:, column]
-    frame.loc[with_text, "action"] = [policy.decide(community, row).action.value for row in scores.tolist()]
-    return frame
+def _chunks(table: Table, column: str) -> Iterator[list[Row]]:
+    """Rows whose texts can be scored, or are empty."""
+    chunk = []
+    for row in table:
+        text = row.values.get(column)
+        if not isinstance(text, str | None):
+            table.refuse(row, f"{quoted(column)} is not a text")
+        elif text and not _is_unicode(text):
+            table.refuse(row, f"{quoted(column)} holds a lone surrogate, which is no Unicode text")
+        else:
+            chunk.append(row)
+        if len(chunk) == ROWS_PER_CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
-@contextmanager
-def _written_whole(target: Path) -> Iterator[IO[str]]:
-    """A file that takes its name when it is complete, and is gone where that never comes."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+def _is_unicode(text: str) -> bool:
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _judged(
+    rows: Sequence[Row], column: str, scorer: "Scorer", policy: "Policy", community: str
+) -> Iterator[dict[str, str | float | None]]:
+    """The scores and the action of each row's text."""
+    texts = [row.values.get(column) or "" for row in rows]
+    scores = iter(scorer.score_texts([text for text in texts if text.strip()]).tolist())
+    for text in texts:
+        if text.strip():
+            of_row = next(scores)
+            yield {**dict(zip(LABELS, of_row, strict=True)), "action": policy.decide(community, of_row).action.value}
+        else:
+            yield dict.fromkeys(ADDED_COLUMNS)

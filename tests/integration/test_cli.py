@@ -4,6 +4,7 @@ In processes of its own where signals, a terminal or what it leaves behind matte
 """
 
 import csv
+import gzip
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -546,27 +548,60 @@ class TestOffline:
         # And nothing else was left behind
         assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["in.csv", "out.csv"]
 
-    def test_scoring_overwrites_no_column(self, moderato: Moderato, tmp_path: Path) -> None:
-        source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-        source.write_text("comment_text,toxic\nhello,1\n")
-        done = moderato("score", str(source), str(target), "--version", VERSION, status=1)
-        assert "has a column 'toxic' already, which would be overwritten" in done.stderr
-        assert not target.exists()
+    def test_scoring_keeps_labels(self, moderato: Moderato, tmp_path: Path) -> None:
+        # Given a labelled CSV as spreadsheets write it, in a file that a link leads to
+        source, target, link = tmp_path / "in.CSV", tmp_path / "out.csv", tmp_path / "link"
+        source.write_text("comment_text;toxic\nhello;1\n", encoding="utf-8-sig")
+        target.touch(mode=0o600)
+        link.symlink_to(target)
+        # When it is scored without a word on columns, and with one
+        moderato("score", str(source), str(link), "--version", VERSION)
+        assert target.read_text(encoding="utf-8").startswith("\ufeffcomment_text;toxic;score_toxic;score_severe_toxic;")
+        assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o600
+        moderato("score", str(source), str(target), "--version", VERSION, "--prefix", "is_")
+        assert "hello;1;0." in target.read_text(encoding="utf-8") and "is_action" in target.read_text(encoding="utf-8")
+        # And no column is ever overwritten
+        source.write_text("text,toxic,score_action\nhello,1,2\n")
+        assert "'score_action'" in moderato("score", str(source), str(target), "--version", VERSION, status=1).stderr
 
-    @pytest.mark.parametrize("row", ["1,You are an idiot,", "1,hello, you idiot"])
-    def test_scoring_shifts_no_row_that_has_more_fields_than_the_header(
-        self, moderato: Moderato, tmp_path: Path, row: str
-    ) -> None:
-        source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-        source.write_text(f"id,comment_text\n{row}\n")
-        done = moderato("score", str(source), str(target), "--version", VERSION, status=1)
-        assert str(source) in done.stderr and "Traceback" not in done.stderr
-        assert not target.exists()
+    def test_scoring_into_pipes_and_archives(self, moderato: Moderato, tmp_path: Path) -> None:
+        # Given JSON lines on standard input, of which one is none
+        lines = '{"text": "grün", "more": [1]}\n[]\n{"text": ""}\n'
+        wanted = ["--version", VERSION, "--skip-bad-rows"]
+        # When they are scored to standard output, then to an archive and to a device
+        done = moderato("score", "-", "-", *wanted, stdin=lines)
+        first, second = json_lines(done.stdout)
+        assert (first["text"], first["more"], second["action"]) == ("grün", [1], None)
+        assert 0 < first["toxic"] < 1
+        assert "line 2" in done.stderr
+        moderato("score", "-", str(tmp_path / "out.csv.gz"), *wanted, stdin=lines)
+        with gzip.open(tmp_path / "out.csv.gz", "rt", encoding="utf-8", newline="") as file:
+            assert [row["more"] for row in csv.DictReader(file)] == ["[1]", ""]
+        os.mkfifo(tmp_path / "fifo")
+        with ThreadPoolExecutor() as pool:
+            read = pool.submit((tmp_path / "fifo").read_bytes)
+            moderato("score", "-", str(tmp_path / "fifo"), *wanted, stdin=lines)
+            assert len(read.result().splitlines()) == 2
+        assert (tmp_path / "fifo").is_fifo()
 
-    def test_scoring_needs_the_text_column(self, moderato: Moderato, tmp_path: Path) -> None:
-        (tmp_path / "in.csv").write_text("body\nhello\n")
-        done = moderato("score", str(tmp_path / "in.csv"), str(tmp_path / "out.csv"), "--version", VERSION, status=1)
-        assert "has no column 'comment_text'; it has body. Name it with --text-column" in done.stderr
+    @pytest.mark.parametrize(
+        ("content", "named"),
+        [
+            pytest.param("id,comment_text\n1,You are an idiot,\n", "in.csv, line 2", id="too many fields"),
+            pytest.param("body\nhello\n", "no column 'comment_text'; it has 'body'", id="no column"),
+            pytest.param(None, "in.csv cannot be read: No such file", id="no file"),
+            pytest.param("text\nhello\n", "absent/out.csv cannot be written: No such file", id="no folder"),
+        ],
+    )
+    def test_what_cannot_be_scored(self, moderato: Moderato, tmp_path: Path, content: str | None, named: str) -> None:
+        # Given a version that is not there: it is not even looked for
+        folder = tmp_path / ("absent" if "absent" in named else "")
+        if content is not None:
+            (tmp_path / "in.csv").write_text(content)
+        version = VERSION if "line" in named else "absent"
+        done = moderato("score", str(tmp_path / "in.csv"), str(folder / "out.csv"), "--version", version, status=1)
+        assert named in done.stderr and ".part" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir() if path.name.endswith((".part", "out.csv"))] == []
 
     def test_measuring_a_version(self, moderato: Moderato) -> None:
         done = moderato("evaluate", "samples/holdout.csv", "--version", VERSION, "--engine", "onnx", "--json")
