@@ -11,6 +11,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 
 from config.logs import follow_celery
 from config.names import RETRAIN_QUEUE, TRAINER_CONTROL_EXCHANGE, TRAINER_UNACKED_KEY
+from config.pools import require_event_loop
 from config.settings import SettingsError, settings
 from trainer.monitoring import Monitor
 
@@ -20,6 +21,7 @@ except SettingsError as error:
     raise SystemExit(f"moderato: {error}") from None
 
 follow_celery(_settings.log_format)
+require_event_loop()
 
 RECONNECT_PAUSE_S = 1.0
 

@@ -9,6 +9,7 @@ from celery.signals import worker_ready
 
 from config.logs import follow_celery
 from config.names import MODERATE_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.pools import require_event_loop
 from config.settings import SettingsError, settings
 from worker import transport
 from worker.intake import Intake
@@ -24,6 +25,7 @@ except SettingsError as error:
 
 transport.install()
 follow_celery(_settings.log_format)
+require_event_loop()
 
 app = Celery("worker")
 app.conf.update(
