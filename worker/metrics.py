@@ -78,15 +78,22 @@ class QueueWatch:
         if self._broker is None:
             self._broker = self._app.connection_for_read(transport_options=BROKER_OPTIONS)
         channel = self._broker.default_channel
-        names = dict.fromkeys([*MODERATE_QUEUES, *self._app.amqp.queues.consume_from])
+        taken = self._app.amqp.queues.consume_from
+        names = dict.fromkeys([*MODERATE_QUEUES, *taken])
         lists = [(name, channel._q_for_pri(name, step)) for name in names for step in channel.priority_steps]
         with channel.client.pipeline(transaction=False) as asked:
             for _, key in lists:
                 # kombu's client adds the prefix of all keys to some commands only.
                 asked.llen(key).lrange(channel.global_keyprefix + key, -1, -1)
-            *answers, self.unacknowledged = asked.hlen(WORKER_UNACKED_KEY).execute()
+            *answers, self.unacknowledged = asked.hlen(WORKER_UNACKED_KEY).execute(raise_on_error=False)
+        if isinstance(self.unacknowledged, Exception):
+            raise self.unacknowledged
         states: dict[str, QueueState] = {}
         for (name, _), messages, head in zip(lists, answers[::2], answers[1::2], strict=True):
+            if refused := next((answer for answer in (messages, head) if isinstance(answer, Exception)), None):
+                if name in taken:
+                    raise refused
+                continue  # one that Redis refuses hides no other
             before = states.get(name, QueueState(0, None))
             heads = [
                 head_sent_at
@@ -136,6 +143,14 @@ class WorkerMetrics:
                 "Durable submissions whose message was gone, and was sent again.",
                 intake.resending.resent,
             )
+            refused = GaugeMetricFamily(
+                "moderato_resend_queue_refused",
+                "Whether Redis refuses a queue, so that durable submissions wait for it.",
+                labels=["queue"],
+            )
+            for queue in {*MODERATE_QUEUES, *intake.resending.refused}:
+                refused.add_metric([queue], float(queue in intake.resending.refused))
+            yield refused
         if intake.drift is not None and intake.drift.newest is not None:
             yield from drift_metrics(intake.drift.newest)
 

@@ -126,6 +126,54 @@ def test_a_backlog_is_not_sent_again(engine: Engine, app: Celery, redis: Redis) 
     assert redis.llen("toxicity") == 2
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_a_backlog_that_does_not_say_its_age_is_not_sent_again(engine: Engine, app: Celery, redis: Redis) -> None:
+    # Given messages of plain Celery, which do not say when they were sent, and a submission that may wait among them
+    def backlog(*texts: str) -> None:
+        for text in texts:
+            app.send_task("worker.moderate", [[{"text": text}]], queue="toxicity", ignore_result=True)
+
+    backlog("1", "2", "3")
+    submit(engine, pending("waits", enqueued_at=ago(engine, 86_400)))
+    sweep = Resending(engine, app, settings())
+    # Then it is not sent while any of them is there, however long that takes, and however many come behind them
+    for taken in range(3):
+        assert not sweep()
+        assert redis.llen("toxicity") == 3
+        redis.rpop("toxicity")
+        backlog(f"behind {taken}")
+    # And once when all of them have gone, although there are others
+    for _ in range(3):
+        assert not sweep()
+    assert sweep.resent == 1
+    assert ids(redis)[3:] == ["waits"]
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_a_queue_that_redis_refuses_stops_no_other(
+    engine: Engine, app: Celery, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given submissions of three queues: Redis refuses one, and an earlier release let a producer misspell another
+    long_ago = ago(engine, 120)
+    redis.set("toxicity.bulk", "no list")
+    queues = "toxicity.bulk", "bulk", "toxicity"
+    submit(engine, *(pending(f"of {queue}", queue=queue, enqueued_at=long_ago) for queue in queues))
+    sweep = Resending(engine, app, settings())
+    # When it is swept again and again
+    for _ in range(3):
+        assert not sweep()
+    # Then the others are sent, where a worker takes them, and the refusal is said and shown, once
+    assert sorted(ids(redis)) == ["of bulk", "of toxicity"]
+    assert redis.llen("bulk") == 0
+    assert sorted(record.levelname for record in caplog.records) == ["ERROR", "WARNING", "WARNING"]
+    assert sweep.refused == {"toxicity.bulk"}
+    # And when Redis takes it, it is sent
+    redis.delete("toxicity.bulk")
+    assert not sweep()
+    assert ids(redis, "toxicity.bulk") == ["of toxicity.bulk"]
+    assert sweep.refused == set()
+
+
 def test_no_more_than_the_queue_takes(
     engine: Engine, make_app: Callable[..., Celery], redis_url: str, redis: Redis
 ) -> None:

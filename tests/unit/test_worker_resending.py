@@ -11,22 +11,27 @@ AFTER = timedelta(minutes=1)
 
 
 @pytest.mark.parametrize(
-    ("depth", "head", "some_returned", "expected"),
+    ("depth", "head", "left", "some_returned", "expected"),
     [
-        (0, None, False, -1),  # an empty queue has been left by all, a moment ago
-        (1, -5.0, False, -5 - 1 / 6),  # what was put there before its head, but for how far clocks may lie apart
-        (9, -0.5, False, -1),
-        (1, 0.1, False, -1),
-        (1, 3.0, False, -10),  # a head from the future says nothing
-        (1, None, False, -10),  # nor does one without a time
-        (0, None, True, -10),  # what came back is tried for a while
-        (1, -5.0, True, -10),
-        (1, -30.0, True, -30 - 1 / 6),
+        (0, None, None, False, -1),  # an empty queue has been left by all, a moment ago
+        (1, -5.0, None, False, -5 - 1 / 6),  # what was put there before its head, but for how far clocks may lie apart
+        (9, -0.5, None, False, -1),
+        (1, 0.1, None, False, -1),
+        (1, None, None, False, None),  # a head without a time says nothing
+        (1, 3.0, None, False, None),  # nor does one from the future
+        (1, None, -50.0, False, -50 - 1 / 6),  # until a message has left that was the newest at some time
+        (1, 3.0, -0.5, False, -1),
+        (1, -5.0, -1.0, False, -5 - 1 / 6),
+        (0, None, None, True, -10),  # what came back is tried for a while
+        (1, -5.0, None, True, -10),
+        (1, -30.0, None, True, -30 - 1 / 6),
     ],
 )
-def test_what_is_gone(depth: int, head: float | None, some_returned: bool, expected: float) -> None:
-    queue = QueueState(depth, None if head is None else minutes(head), some_returned)
-    assert gone_before(queue, NOON, AFTER) == minutes(expected)
+def test_what_is_gone(
+    depth: int, head: float | None, left: float | None, some_returned: bool, expected: float | None
+) -> None:
+    at = [None if time is None else minutes(time) for time in (head, left, expected)]
+    assert gone_before(QueueState(depth, at[0], some_returned, at[1]), NOON, AFTER) == at[2]
 
 
 def test_messages_hold_what_was_submitted_together() -> None:
