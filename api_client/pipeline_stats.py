@@ -1,6 +1,6 @@
 """What a worker says of its pipeline, and what two such snapshots say of the time between them. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
@@ -38,6 +38,8 @@ class PipelineStats:
     """The policy that decides there; None where a worker of an older release does not say."""
     policy_refusal: str | None = None
     """Why it does not decide by the active policy; None where it does, or there is none."""
+    queues: Sequence[str] | None = None
+    """That it takes from; None where a worker of an older release does not say."""
 
     @classmethod
     def from_reply(cls, reply: Mapping[str, Any]) -> Self | None:

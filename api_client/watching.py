@@ -37,6 +37,17 @@ class Activity:
     pipelines: dict[str, PipelineStats] = field(default_factory=dict)
     """By node name of the worker; `pipeline_rates` says what two of them mean."""
 
+    @property
+    def queues_without_worker(self) -> list[str]:
+        """Queues where messages wait and no worker takes from; none where some worker did not say which are its own."""
+        told = [self.pipelines[worker].queues if worker in self.pipelines else None for worker in self.workers]
+        taken: set[str] = set()
+        for queues in told:
+            if queues is None:
+                return []
+            taken.update(queues)
+        return [queue for queue, messages in self.queue_depths.items() if messages and queue not in taken]
+
 
 @dataclass(kw_only=True)
 class Status(Activity):

@@ -429,7 +429,7 @@ def check_processes(settings: Settings) -> Iterator[Finding]:
         yield Finding("processes", "unknown", f"could not be asked: {'; '.join(activity.problems)}")
         return
     parts = (
-        ("worker", activity.workers, f"celery -A worker worker -Q {MODERATE_QUEUE}"),
+        ("worker", activity.workers, f"celery -A worker worker -Q {','.join(MODERATE_QUEUES)}"),
         ("trainer", activity.trainers, f"celery -A trainer worker -Q {RETRAIN_QUEUE}"),
     )
     for part, nodes, command in parts:
@@ -438,6 +438,9 @@ def check_processes(settings: Settings) -> Iterator[Finding]:
             yield Finding("processes", "warning", said, "give each a name of its own, such as -n second@%h")
         if nodes:
             yield Finding("processes", "ok", f"{part}: {', '.join(nodes)}")
+            for queue in activity.queues_without_worker if part == "worker" else ():
+                said = f"no worker takes from {queue}, where messages wait: {activity.queue_depths[queue]:,}"
+                yield Finding("processes", "problem", said, f"name it in a worker's -Q: {command}")
             continue
         waits = sum(activity.queue_depths.values()) if part == "worker" else 0
         said = f"no {part} answers{f', and {waits:,} messages wait' if waits else ''}"

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Self
 
 from cli.terminal import Problem, err, say
-from config.names import MODERATE_QUEUE, RETRAIN_QUEUE
+from config.names import MODERATE_QUEUES, RETRAIN_QUEUE
 from config.settings import ROOT, Settings
 
 LOG_DIRECTORY = ROOT / "var" / "log"
@@ -140,8 +140,8 @@ class _Signals:
 def _commands(settings: Settings) -> dict[str, list[str]]:
     """What the README tells people to run, by the name of the process."""
     commands = {}
-    for app, queue in (("worker", MODERATE_QUEUE), ("trainer", RETRAIN_QUEUE)):
-        celery = [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", queue]
+    for app, queues in (("worker", ",".join(MODERATE_QUEUES)), ("trainer", RETRAIN_QUEUE)):
+        celery = [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", queues]
         commands[app] = [*celery, "-n", f"{app}@%h", "--loglevel", "INFO"]
     if settings.webhooks.endpoints:
         commands["webhooks"] = [sys.executable, "-m", "cli.main", "webhooks", "run"]

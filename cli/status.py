@@ -101,7 +101,8 @@ def _rates(activity: "Activity", last: "Mapping[str, PipelineStats] | None" = No
 
 
 def _json(activity: "Activity", rates: "Mapping[str, PipelineRates]") -> dict[str, Any]:
-    return asdict(activity) | {"rates": {worker: asdict(rate) for worker, rate in rates.items()}}
+    more = {"queues_without_worker": activity.queues_without_worker}
+    return asdict(activity) | more | {"rates": {worker: asdict(rate) for worker, rate in rates.items()}}
 
 
 def _print(lines: list[Text]) -> None:
@@ -222,6 +223,9 @@ def _node_lines(activity: "Activity") -> list[Text]:
     if activity.queue_depths:
         depths = ", ".join(f"{queue} {messages:,}" for queue, messages in activity.queue_depths.items())
         lines.append(_line("messages", f"{depths}; {activity.held_messages:,} held"))
+        # Without any worker that is said already.
+        for queue in activity.queues_without_worker if activity.workers else ():
+            lines.append(_line("", f"no worker takes from {queue}: name it in a worker's -Q", "red"))
     return lines
 
 

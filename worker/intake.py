@@ -406,8 +406,9 @@ def activation_changed(state: Any) -> dict[str, str]:
 
 @control_command(name=PIPELINE_STATS)
 def pipeline_stats(state: Any) -> dict[str, Any]:
-    """What the pipeline has done since its start, and what waits in it now."""
-    return state.consumer.intake.stats()
+    """What the pipeline has done since its start, what waits in it now, and which queues it is fed from."""
+    consumer = state.consumer
+    return consumer.intake.stats() | {"queues": sorted(queue.name for queue in consumer.task_consumer.queues)}
 
 
 def _parse(message: Any, now: datetime) -> Parsed:

@@ -72,6 +72,11 @@ def test_inspect_and_revoke(system: System, producer: Celery) -> None:
     stats = json.loads(celery(system, "-A", "worker", "inspect", "stats", "--json", "--timeout", "3"))
     assert stats[worker.node]["broker"]["transport"] == "redis"
 
+    # When comments wait in a queue that it does not take from, then the status names it
+    system.client.submit("a", queue=BULK_QUEUE)
+    assert system.client.activity().queues_without_worker == [BULK_QUEUE]
+    system.redis.delete(BULK_QUEUE)
+
     # When a message is revoked before it is taken
     celery(system, "-A", "worker", "control", "revoke", "unwanted")
     assert json.loads(celery(system, "-A", "worker", "inspect", "revoked", "--json", "--timeout", "3")) == {

@@ -30,7 +30,7 @@ from api_client.client import ModerationClient
 from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
 from cli.terminal import PLAIN_WIDTH, out
-from config.names import LABELS
+from config.names import INTERACTIVE_QUEUE, LABELS, MODERATE_QUEUES
 from config.settings import ROOT
 from db import policies, queries
 from db.session import open_database, reading, writing
@@ -692,9 +692,12 @@ class TestRunningEverything:
         number: signal.Signals,
         status: int,
     ) -> None:
-        # Given the running system, which decides a comment
+        # Given the running system, which decides a comment, whichever queue it waits in
         wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
-        [row] = json_lines(moderato("submit", "hello", "--wait", "--json").stdout)
+        [stats] = client.activity().pipelines.values()
+        assert set(stats.queues or ()) == set(MODERATE_QUEUES)
+        interactive = "submit", "hello", "--queue", INTERACTIVE_QUEUE
+        [row] = json_lines(moderato(*interactive, "--wait", "--json").stdout)
         assert row["model_version"] == VERSION
         started = children(running.pid)
         assert len(started) >= 3  # worker, trainer, and the child of the trainer's pool

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from api_client.pipeline_stats import PipelineStats, pipeline_rates
+from api_client.watching import Activity
 
 START = PipelineStats(
     uptime_s=100,
@@ -29,6 +30,24 @@ START = PipelineStats(
 
 def later(**changes: Any) -> PipelineStats:
     return replace(START, uptime_s=110, **changes)
+
+
+@pytest.mark.parametrize(
+    ("queues", "without"),
+    [
+        ({}, ["toxicity.interactive", "toxicity"]),  # no worker at all
+        ({"a": ["toxicity"]}, ["toxicity.interactive"]),
+        ({"a": ["toxicity"], "b": ["toxicity.interactive", "toxicity.bulk"]}, []),
+        ({"a": ["toxicity"], "b": None}, []),  # an older worker does not say, nor does one that starts
+    ],
+)
+def test_queues_that_no_worker_takes_from(queues: dict[str, list[str] | None], without: list[str]) -> None:
+    pipelines = {worker: replace(START, queues=its) for worker, its in queues.items()}
+    depths = {"toxicity.interactive": 2, "toxicity": 1, "toxicity.bulk": 0}
+    activity = Activity(workers=[*queues], pipelines=pipelines, queue_depths=depths)
+    assert activity.queues_without_worker == without
+    if None in queues.values():
+        assert replace(activity, pipelines={}).queues_without_worker == []
 
 
 def test_the_rates_of_an_interval() -> None:
