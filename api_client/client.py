@@ -7,14 +7,17 @@ from api_client.connecting import BrokerUnavailable
 from api_client.limits import QueueFull, RateLimited, TryLater
 from api_client.messages import InvalidComment, SubmissionIds
 from api_client.moderating import Moderator
-from api_client.operating import NothingToRollBack, Operator, RefusedByGate
+from api_client.operating import Operator, RefusedByGate
 from api_client.reading import Reader
 from api_client.submitting import Producer
 from api_client.waiting import SetAside, Verdict, WaitTimeout
 from api_client.watching import Watcher
 from config.queues import UnknownQueue
+from db.activations import ActiveChanged, AlreadyRolledBack, NothingToRollBack
 
 __all__ = [
+    "ActiveChanged",
+    "AlreadyRolledBack",
     "BrokerUnavailable",
     "InvalidComment",
     "ModerationClient",

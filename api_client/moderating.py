@@ -1,7 +1,7 @@
 """The part of the client for what people change about decisions: reviews, erasure, what was set aside."""
 
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 
 from api_client.connecting import Connections
 from config.names import Action, Reason
@@ -46,7 +46,7 @@ class Moderator(Connections):
                 labels={label: bool(value) for label, value in (labels or {}).items()},
                 reviewer=reviewer,
                 note=note,
-                now=datetime.now(UTC),
+                now=database_time(connection),
             )
 
     def erase(
@@ -65,7 +65,7 @@ class Moderator(Connections):
             How much was erased, and why the database's files may still hold the bytes; None where they do not.
         """
         with self._writing() as connection:
-            erased = privacy.erase(connection, subject, by=by, reason=reason, now=datetime.now(UTC))
+            erased = privacy.erase(connection, subject, by=by, reason=reason, now=database_time(connection))
         return erased, privacy.reclaim(self._engine)
 
     def purge_dead_letters(self, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -13,15 +12,13 @@ from api_client.connecting import BrokerUnavailable, Connections
 from config.names import MAX_POLICY_BYTES, RETRAIN_QUEUE, RETRAIN_TASK
 from config.settings import settings, trainer_settings
 from db import policies, pruning, queries, trials
+from db.activations import hold_activations
+from db.durable import database_time
 from db.session import DatabaseProblem
 
 
 class RefusedByGate(DatabaseProblem):
     """A version that the gate refused is activated only by force."""
-
-
-class NothingToRollBack(DatabaseProblem):
-    """No other version was active before."""
 
 
 class Operator(Connections):
@@ -50,7 +47,7 @@ class Operator(Connections):
                 run_id=run_id,
                 requested_by=requested_by,
                 overrides=json.loads(json.dumps(overrides, default=str)),
-                now=datetime.now(UTC),
+                now=database_time(connection),
             )
 
         def request() -> None:
@@ -63,7 +60,9 @@ class Operator(Connections):
             self._with_broker(request, "the training was not requested")
         except BrokerUnavailable as unavailable:
             with self._writing() as connection:
-                queries.finish_run(connection, run_id, state="failed", reason=str(unavailable), now=datetime.now(UTC))
+                queries.finish_run(
+                    connection, run_id, state="failed", reason=str(unavailable), now=database_time(connection)
+                )
             raise
         return run_id
 
@@ -91,7 +90,7 @@ class Operator(Connections):
             VersionConflict: another version has this name.
         """
         with self._writing() as connection:
-            queries.register_version(connection, manifest, datetime.now(UTC))
+            queries.register_version(connection, manifest, database_time(connection))
 
     def active(self) -> queries.ActivationRow | None:
         """The newest activation; None before the first."""
@@ -108,42 +107,83 @@ class Operator(Connections):
         with self._reading() as connection:
             return queries.loads(connection, activation_id)
 
-    def activate(self, version: str, *, by: str, reason: str, force: bool = False) -> int:
+    def activate(
+        self, version: str, *, instead_of: queries.ActivationRow | None, by: str, reason: str, force: bool = False
+    ) -> int:
         """Make a version the active one. Workers follow within seconds, without a pause; one that cannot goes on
         with the version it has, and `loads` says why.
 
         Args:
+            instead_of: what is to be replaced, as `active` gave it; None where there was none.
             force: also where the gate refused the version.
 
         Returns:
             The activation's id.
 
         Raises:
+            ActiveChanged: another version was activated after `instead_of`.
             NoSuchVersion: no version is registered under this name.
             RefusedByGate: it is worse than what was active when it was trained.
         """
-        with self._writing() as connection:
+        with self._holding_activations() as connection:
             _require_gate(connection, version, force=force)
-            activation_id = queries.activate(connection, version=version, by=by, reason=reason, now=datetime.now(UTC))
-        self._tell_workers()
-        return activation_id
-
-    def rollback(self, *, by: str, reason: str | None = None) -> int:
-        """Make the version that was active before the active one again; the activation's id is returned.
-
-        Raises:
-            NothingToRollBack: there was none.
-        """
-        with self._writing() as connection:
-            queries.hold_activations(connection)  # or the one before might be of what is active no more
-            version = queries.previous_version(connection)
-            if version is None:
-                raise NothingToRollBack("no other version was active before; `moderato models` lists them all")
             activation_id = queries.activate(
-                connection, version=version, by=by, reason=reason or "rollback", now=datetime.now(UTC)
+                connection,
+                version=version,
+                instead_of=instead_of,
+                by=by,
+                reason=reason,
+                now=database_time(connection),
             )
         self._tell_workers()
         return activation_id
+
+    def rollback(
+        self,
+        *,
+        instead_of: queries.ActivationRow | None,
+        to: str | None = None,
+        by: str,
+        reason: str | None = None,
+    ) -> int:
+        """Go back to the version that was active before; the activation's id is returned.
+
+        Args:
+            instead_of: as in `activate`.
+            to: an earlier version; without it the one before the active one.
+
+        Raises:
+            ActiveChanged: another version was activated after `instead_of`.
+            AlreadyRolledBack: the active version is itself the result of going back, and `to` is None.
+            NothingToRollBack: no other version was active before, or not the one that `to` names.
+        """
+        with self._holding_activations() as connection:
+            activation_id = queries.roll_back(
+                connection,
+                instead_of=instead_of,
+                to=to,
+                by=by,
+                reason=reason or "rollback",
+                now=database_time(connection),
+            )
+        self._tell_workers()
+        return activation_id
+
+    def rollback_target(self, *, to: str | None = None) -> tuple[queries.ActivationRow, str]:
+        """The newest activation, and the version to which `rollback` would go from it.
+
+        Raises:
+            AlreadyRolledBack, NothingToRollBack: as `rollback`.
+        """
+        with self._reading() as connection:
+            return queries.rollback_target(connection, to=to, now=database_time(connection))
+
+    @contextmanager
+    def _holding_activations(self) -> Iterator[Connection]:
+        """A transaction that others wait for; what time it is should be asked only here, after the wait."""
+        with self._writing() as connection:
+            hold_activations(connection)
+            yield connection
 
     @contextmanager
     def holding_activations(self) -> Iterator[dict[str, str]]:
@@ -152,8 +192,7 @@ class Operator(Connections):
         Yields:
             The versions whose files something needs, and what: see `db.pruning.needed_versions`.
         """
-        with self._writing() as connection:
-            queries.hold_activations(connection)
+        with self._holding_activations() as connection:
             yield pruning.needed_versions(connection)
 
     # --- Policies ------------------------------------------------------------------------------------------------
@@ -177,42 +216,75 @@ class Operator(Connections):
         with self._reading() as connection:
             return policies.find(connection, prefix)
 
-    def activate_policy(self, text: str, *, by: str, reason: str) -> int:
+    def activate_policy(
+        self, text: str, *, instead_of: policies.PolicyActivationRow | None, by: str, reason: str
+    ) -> int:
         """Store a policy and make it the active one; workers decide by it within seconds.
 
         What the text means is not looked at here: `moderato policy activate` does, and so does each worker, which goes
         on by the policy that it has where it cannot read this one.
 
+        Args:
+            instead_of: what is to be replaced, as `active_policy` gave it; None where there was none.
+
         Returns:
             The activation's id.
 
         Raises:
+            ActiveChanged: another policy was activated after `instead_of`.
             ValueError: the text is longer than a policy may be.
         """
         if (size := len(text.encode())) > MAX_POLICY_BYTES:
             raise ValueError(f"the policy has {size:,} bytes; at most {MAX_POLICY_BYTES:,} are allowed")
-        with self._writing() as connection:
-            activation_id = policies.activate(connection, text, by=by, reason=reason, now=datetime.now(UTC))
-        self._tell_workers()
-        return activation_id
-
-    def rollback_policy(self, *, by: str, reason: str | None = None) -> int:
-        """Make the policy that was active before the active one again; the activation's id is returned.
-
-        Raises:
-            NothingToRollBack: there was none.
-        """
-        with self._writing() as connection:
-            queries.hold_activations(connection)  # or the one before might be of what is active no more
-            before = policies.previous(connection)
-            if before is None:
-                raise NothingToRollBack("no other policy was active before; `moderato policy activate FILE` sets one")
-            text = policies.texts(connection, [before.policy_version])[before.policy_version]
+        with self._holding_activations() as connection:
             activation_id = policies.activate(
-                connection, text, by=by, reason=reason or "rollback", now=datetime.now(UTC)
+                connection, text, instead_of=instead_of, by=by, reason=reason, now=database_time(connection)
             )
         self._tell_workers()
         return activation_id
+
+    def rollback_policy(
+        self,
+        *,
+        instead_of: policies.PolicyActivationRow | None,
+        to: str | None = None,
+        by: str,
+        reason: str | None = None,
+    ) -> int:
+        """Go back to the policy that was active before; the activation's id is returned.
+
+        The first policy goes back to the one that decided before it, from a worker's file.
+
+        Args:
+            instead_of: as in `activate_policy`.
+            to: the first digits of an earlier policy's hash; without it the one before the active one.
+
+        Raises:
+            ActiveChanged: another policy was activated after `instead_of`.
+            AlreadyRolledBack: the active policy is itself the result of going back, and `to` is None.
+            NothingToRollBack: no other policy was active before, or not the one that `to` names.
+            NoSuchPolicy: `to` names none, or more than one.
+        """
+        with self._holding_activations() as connection:
+            activation_id = policies.roll_back(
+                connection,
+                instead_of=instead_of,
+                to=_policy_hash(connection, to),
+                by=by,
+                reason=reason or "rollback",
+                now=database_time(connection),
+            )
+        self._tell_workers()
+        return activation_id
+
+    def rollback_policy_target(self, *, to: str | None = None) -> tuple[policies.PolicyActivationRow, str]:
+        """The newest activation of a policy, and the hash of the policy to which `rollback_policy` would go from it.
+
+        Raises:
+            AlreadyRolledBack, NothingToRollBack, NoSuchPolicy: as `rollback_policy`.
+        """
+        with self._reading() as connection:
+            return policies.rollback_target(connection, to=_policy_hash(connection, to), now=database_time(connection))
 
     # --- Trials --------------------------------------------------------------------------------------------------
 
@@ -236,7 +308,7 @@ class Operator(Connections):
         """
         if not 0 < share <= 1:
             raise ValueError(f"share {share:g} must be above 0 and at most 1")
-        with self._writing() as connection:
+        with self._holding_activations() as connection:
             _require_gate(connection, version, force=force)
             trials.start_trial(
                 connection,
@@ -246,7 +318,7 @@ class Operator(Connections):
                 bounds=settings().trial.model_dump(),
                 by=by,
                 reason=reason,
-                now=datetime.now(UTC),
+                now=database_time(connection),
             )
             trial = trials.live_trial_of(connection, kind)
         self._tell_workers()
@@ -256,6 +328,15 @@ class Operator(Connections):
         """The trial that runs now."""
         with self._reading() as connection:
             return trials.live_trial(connection)
+
+    def live_trial_of(self, kind: trials.Kind) -> trials.TrialRow:
+        """The trial that runs now, if it is of this kind.
+
+        Raises:
+            NoTrial: none runs, or one of another kind.
+        """
+        with self._reading() as connection:
+            return trials.live_trial_of(connection, kind)
 
     def trial_sides(self, kind: trials.Kind) -> tuple[trials.TrialRow, trials.Side, trials.Side]:
         """The newest trial of a kind, and what its candidate and the active version decided while it ran.
@@ -283,34 +364,44 @@ class Operator(Connections):
             trial = trials.newest_trial(connection, "shadow")
             return trial, trials.shadow_comparison(connection, trial, limit=limit)
 
-    def promote_trial(self, kind: trials.Kind, *, by: str, reason: str) -> trials.TrialRow:
-        """Make the candidate of the live trial the active version; the trial as it ended is returned.
+    def promote_trial(self, trial: trials.TrialRow, *, by: str, reason: str) -> trials.TrialRow:
+        """Make the candidate of a live trial the active version; the trial as it ended is returned.
+
+        Args:
+            trial: the live one as the caller saw it.
 
         Raises:
-            NoTrial: no trial of this kind runs.
+            NoTrial: it is over.
         """
-        with self._writing() as connection:
-            live = trials.live_trial_of(connection, kind)
-            trials.promote_trial(connection, live, by=by, reason=reason, now=datetime.now(UTC))
-            trial = trials.newest_trial(connection, kind)
+        with self._holding_activations() as connection:
+            trials.promote_trial(connection, trial, by=by, reason=reason, now=database_time(connection))
+            ended = trials.newest_trial(connection, trial.kind)
         self._tell_workers()
-        return trial
+        return ended
 
-    def stop_trial(self, kind: trials.Kind, *, by: str, reason: str) -> trials.TrialRow:
-        """End the live trial; the active version decides everything again. The trial as it ended is returned.
+    def stop_trial(self, trial: trials.TrialRow, *, by: str, reason: str) -> trials.TrialRow:
+        """End a live trial; the active version decides everything again. The trial as it ended is returned.
+
+        Args:
+            trial: the live one as the caller saw it.
 
         Raises:
-            NoTrial: no trial of this kind runs.
+            NoTrial: it is over.
         """
-        with self._writing() as connection:
-            live = trials.live_trial_of(connection, kind)
-            trials.end_trial(connection, live.trial_id, outcome="stopped", by=by, verdict=reason, now=datetime.now(UTC))
-            trial = trials.newest_trial(connection, kind)
+        with self._holding_activations() as connection:
+            now = database_time(connection)
+            if not trials.end_trial(connection, trial.trial_id, outcome="stopped", by=by, verdict=reason, now=now):
+                raise trials.NoTrial(f"the {trial.kind} of {trial.version} is over already")
+            ended = trials.newest_trial(connection, trial.kind)
         self._tell_workers()
-        return trial
+        return ended
 
 
 def _require_gate(connection: Connection, version: str, *, force: bool) -> None:
     run = queries.run_that_wrote(connection, version)
     if run is not None and run.state == "refused" and not force:
         raise RefusedByGate(f"version {version} was refused by the gate, use force to activate it: {run.reason}")
+
+
+def _policy_hash(connection: Connection, prefix: str | None) -> str | None:
+    return None if prefix is None else policies.find(connection, prefix)[0]

@@ -604,7 +604,7 @@ class System:
 
     def activate(self, name: str) -> None:
         """As an operator does: the row, and the broadcast."""
-        self.client.activate(name, by="bench", reason="bench")
+        self.client.activate(name, instead_of=self.client.active(), by="bench", reason="bench")
 
 
 def as_time(value: datetime | str) -> datetime:

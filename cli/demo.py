@@ -177,11 +177,13 @@ def _retrain_and_swap(client: ModerationClient, samples: Sequence[Sample], commu
             while len(stream.sent()) < STREAM_AT_LEAST // 4:
                 time.sleep(0.1)
             say(f"the demo activates {run.version} all the same, with force, and goes back at the end")
-            client.activate(run.version, by=user(), reason="demo: in spite of the gate", force=True)
+            client.activate(
+                run.version, instead_of=client.active(), by=user(), reason="demo: in spite of the gate", force=True
+            )
         _wait_until_loaded(client, stream)
     _show_stream(client, stream.sent(), community, {before.version, run.version})
     if forced:
-        client.rollback(by=user(), reason="demo: the gate was right")
+        client.rollback(instead_of=client.active(), by=user(), reason="demo: the gate was right")
         active = client.active()
         say(f"rolled back: {active.version if active else 'nothing'} is the active version again")
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import ACTION_STYLES, Problem, out, print_json, progress, say, shorten, shown, user
+from cli.terminal import ACTION_STYLES, Problem, confirm, out, print_json, progress, say, shorten, shown, user
 from cli.times import past
 from config.names import LABELS, Action
 
@@ -181,39 +181,43 @@ def activate(
     Example: moderato policy activate policy.yaml --reason "fewer insults in the news"
     """
     from api_client.client import ModerationClient
-    from model.policy import PolicyError
-    from model.replay import rule_changes
 
     with ModerationClient() as client:
         policy, active = find_policy(client, name), client.active_policy()
         if active is not None and active.policy_version == policy.version:
             say(f"policy {policy.version[:HASH_CHARS]} is the active one already; nothing was changed")
             return
-        try:
-            _show_rule_changes(rule_changes(find_policy(client, ACTIVE), policy), ACTIVE, name)
-        except PolicyError as error:  # of a newer release, say: what is to replace it need not wait for that
-            say(f"what differs cannot be shown: {error}")
+        _show_differences(client, ACTIVE, name)
         if not yes:
-            typer.confirm("Decide by this policy from now on?", abort=True)
-            if (now := client.active_policy()) is not None and now != active:
-                raise Problem(f"nothing was changed, as meanwhile {_activation(now)}; from that other rules may differ")
-        client.activate_policy(policy.text, by=by or user(), reason=reason)
+            confirm("Decide by this policy from now on?")
+        # Only if `active`, from which the differences were shown, is still the active one.
+        client.activate_policy(policy.text, instead_of=active, by=by or user(), reason=reason)
         _say_who_follows(client, policy.version)
 
 
 @app.command()
-def rollback(by: By = None, reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None) -> None:
-    """Go back to the policy that was active before.
+def rollback(
+    to: Annotated[str | None, typer.Option(help="Go back to this policy: the first digits of its hash.")] = None,
+    by: By = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Go back to the policy that was active before; from the first one to the file's that decided before it.
+
+    A second rollback must name a policy: two people who roll back in the same incident mean the same step.
 
     Example: moderato policy rollback --reason "hides too much"
     """
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        client.rollback_policy(by=by or user(), reason=reason)
-        active = client.active_policy()
-        assert active is not None  # it was just activated
-        _say_who_follows(client, active.policy_version)
+        active, target = client.rollback_policy_target(to=to)
+        if not yes:
+            say(f"now {_activation(active)}")
+            _show_differences(client, ACTIVE, target)
+            confirm(f"Go back to policy {target[:HASH_CHARS]}?")
+        client.rollback_policy(instead_of=active, to=target, by=by or user(), reason=reason)
+        _say_who_follows(client, target)
 
 
 @app.command()
@@ -346,6 +350,16 @@ def _unknown_communities(policy: "Policy") -> list[str]:
 
 
 # --- Differences -------------------------------------------------------------------------------------------------
+
+
+def _show_differences(client: "ModerationClient", before: str, after: str) -> None:
+    from model.policy import PolicyError
+    from model.replay import rule_changes
+
+    try:
+        _show_rule_changes(rule_changes(find_policy(client, before), find_policy(client, after)), before, after)
+    except PolicyError as error:  # of a newer release, say: its replacement need not wait for that
+        say(f"cannot show what differs: {error}")
 
 
 def _show_rule_changes(changes: "list[RuleChange]", before: str, after: str) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-import click
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -105,7 +104,7 @@ def confirm(question: str) -> None:
     """
     try:
         agreed = typer.confirm(question, err=True)
-    except click.Abort:
+    except typer.Abort:
         say("")  # the question ended without a line feed
         raise Problem("no answer, so nothing was changed; --yes does not ask") from None
     if not agreed:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cli.terminal import out, print_json, say, shorten, shown, user
+from cli.terminal import Problem, out, print_json, say, shorten, shown, user
 from cli.versions import VersionName, register_from_disk
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ canary = typer.Typer(
 shadow = typer.Typer(help="Score beside the active version without acting on it, and compare.", no_args_is_help=True)
 ab = typer.Typer(help="Let two versions decide, and compare what reviewers make of it.", no_args_is_help=True)
 
+OnTrial = Annotated[str | None, typer.Argument(help="Promote only if this version is the one on trial.")]
 Share = Annotated[float, typer.Option(min=0.01, max=100, help="Of the submissions, in percent.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where the gate refused it.")]
@@ -85,12 +86,12 @@ def canary_status(as_json: AsJson = False) -> None:
 
 
 @canary.command("promote")
-def promote_canary(reason: Reason = "the canary did well") -> None:
+def promote_canary(version: OnTrial = None, reason: Reason = "the canary did well") -> None:
     """Make the canary's version the active one.
 
-    Example: moderato canary promote
+    Example: moderato canary promote v20261122-160501-1f2e3d4c
     """
-    _promote("canary", reason)
+    _promote("canary", version, reason)
 
 
 @canary.command("stop")
@@ -201,12 +202,12 @@ def compare_ab(as_json: AsJson = False) -> None:
 
 
 @ab.command("promote")
-def promote_ab(reason: Reason = "it won the A/B test") -> None:
+def promote_ab(version: OnTrial = None, reason: Reason = "it won the A/B test") -> None:
     """Make the second version the active one.
 
-    Example: moderato ab promote
+    Example: moderato ab promote v20261122-160501-1f2e3d4c
     """
-    _promote("ab", reason)
+    _promote("ab", version, reason)
 
 
 @ab.command("stop")
@@ -235,11 +236,14 @@ def _start(kind: "Kind", version: str, share: float, reason: str, force: bool) -
     )
 
 
-def _promote(kind: "Kind", reason: str) -> None:
+def _promote(kind: "Kind", version: str | None, reason: str) -> None:
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        trial = client.promote_trial(kind, by=user(), reason=reason)
+        live = client.live_trial_of(kind)
+        if version not in (None, live.version):
+            raise Problem(f"nothing was changed: the {kind} that runs is of {live.version}, not of {version}")
+        trial = client.promote_trial(live, by=user(), reason=reason)
     say(f"{trial.version} is the active version; `moderato models` shows which worker runs it")
 
 
@@ -247,7 +251,7 @@ def _stop(kind: "Kind", reason: str) -> None:
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        trial = client.stop_trial(kind, by=user(), reason=reason)
+        trial = client.stop_trial(client.live_trial_of(kind), by=user(), reason=reason)
     say(f"the {kind} of {trial.version} is over; {trial.baseline} decides alone")
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from cli.comparing import compare
 from cli.groups import GroupWithDefault
 from cli.pruning import prune
-from cli.terminal import out, print_json, say, shown, user
+from cli.terminal import confirm, out, print_json, say, shown, user
 
 if TYPE_CHECKING:
     from api_client.client import ModerationClient
@@ -36,6 +36,10 @@ VersionName = Annotated[
     str,
     typer.Argument(help="As `moderato models` lists it, or in the versions directory.", callback=version_name),
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+MOST_ACTIVATIONS = 1_000
+"""Looked back over for a version that was active before."""
 
 app = typer.Typer(cls=GroupWithDefault)
 app.command()(compare)
@@ -101,8 +105,11 @@ def activate(
     version: VersionName,
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "by hand",
     force: Annotated[bool, typer.Option("--force", help="Also where the gate refused it.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Make a version the active one. Workers load it beside the old one and swap between two batches.
+
+    It asks first if no gate has compared the version with another one, or if it would end a live trial.
 
     Example: moderato activate v20261122-160501-1f2e3d4c --reason "reviewed by the team"
     """
@@ -110,22 +117,58 @@ def activate(
 
     with ModerationClient() as client:
         register_from_disk(client, version)
-        client.activate(version, by=user(), reason=reason, force=force)
+        active = client.active()
+        doubts = activation_doubts(client, version)
+        if doubts and not yes:
+            for doubt in doubts:
+                say(doubt)
+            confirm(f"Make {version} the active version instead of {active.version if active else 'none'}?")
+        client.activate(version, instead_of=active, by=user(), reason=reason, force=force)
     say(f"{version} is the active version; `moderato models` shows which worker runs it")
 
 
-def rollback(reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None) -> None:
+def rollback(
+    to: Annotated[str | None, typer.Option(help="Go back to this version, which was active before.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    yes: Yes = False,
+) -> None:
     """Go back to the version that was active before.
 
+    A second rollback must name a version: two people who roll back in the same incident mean the same step.
+
     Example: moderato rollback --reason "hides too much"
+
+    Example: moderato rollback --to starter-2 --yes
     """
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        client.rollback(by=user(), reason=reason)
-        active = client.active()
-    assert active is not None  # it was just activated
-    say(f"{active.version} is the active version again")
+        active, target = client.rollback_target(to=to)
+        if not yes:
+            since = f"{shown(active.activated_at)}, by {active.activated_by}: {active.reason}"
+            say(f"{active.version} has been active since {since}")
+            confirm(f"Go back to {target}?")
+        client.rollback(instead_of=active, to=to, by=user(), reason=reason)
+    say(f"{target} is the active version again")
+
+
+def activation_doubts(client: "ModerationClient", version: str) -> list[str]:
+    """What an operator should know before a version becomes the active one, a sentence each; most often nothing."""
+    doubts = []
+    before = client.activations(limit=MOST_ACTIVATIONS)
+    if before and client.run_that_wrote(version) is None and version not in {row.version for row in before}:
+        manifest = next((row.manifest for row in client.versions() if row.version == version), {})
+        measured = manifest.get("metrics", {}).get("holdout_int8", {})
+        figures = (
+            f"its mean ROC-AUC is {measured['mean_roc_auc']:.4f} on {measured['rows']:,} held-out rows"
+            if measured.get("mean_roc_auc") is not None
+            else "it has no held-out figures"
+        )
+        doubts.append(f"No gate has compared {version} with the active version; {figures}.")
+    trial = client.live_trial()
+    if trial is not None and version not in (trial.baseline, trial.version):
+        doubts.append(f"This ends the live trial: {trial_line(trial)}.")
+    return doubts
 
 
 def register_from_disk(client: "ModerationClient", version: str) -> None:

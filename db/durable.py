@@ -43,9 +43,12 @@ class PendingSubmission:
 
 
 def database_time(connection: Connection) -> datetime:
-    """The database's clock: of PostgreSQL when the transaction began; SQLite has its machine's."""
+    """The database's clock as it is now; SQLite has its machine's.
+
+    Not the time at which the transaction began, as it may have waited for a lock since.
+    """
     if connection.dialect.name == "postgresql":
-        return connection.scalars(select(func.now())).one().astimezone(UTC)
+        return connection.scalars(select(func.clock_timestamp())).one().astimezone(UTC)
     now: str = connection.scalars(select(func.strftime("%Y-%m-%dT%H:%M:%f", "now"))).one()
     return datetime.fromisoformat(now).replace(tzinfo=UTC)
 

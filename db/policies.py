@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, exists, func, select
 
 from config.names import LABELS
-from db.queries import hold_activations
-from db.rows import chunks, every, first, insert_if_absent, insert_one
+from db.activations import choose_return, hold_activations, require_unchanged, way_back
+from db.rows import chunks, every, insert_if_absent, insert_one
 from db.session import DatabaseProblem
 from db.tables import Decision, Policy, PolicyActivation, Submission
 
@@ -80,18 +80,87 @@ class PolicyActivationRow:
     activated_by: str
     reason: str
 
+    @property
+    def activated(self) -> str:
+        """What was activated, see `db.activations`."""
+        return self.policy_version
 
-def activate(connection: Connection, text: str, *, by: str, reason: str, now: datetime) -> int:
-    """Store a policy and make it the active one; the activation's id is returned."""
+    @property
+    def label(self) -> str:
+        """The same for people."""
+        return f"policy {self.policy_version[:12]}"
+
+
+def activate(
+    connection: Connection, text: str, *, instead_of: PolicyActivationRow | None, by: str, reason: str, now: datetime
+) -> int:
+    """Store a policy and make it the active one; the activation's id is returned.
+
+    The first activation is preceded by one of the policy that decided before it, from a worker's file, so that there
+    is a way back.
+
+    Args:
+        instead_of: the newest activation as the caller saw it; None where there was none.
+
+    Raises:
+        ActiveChanged: another activation came after `instead_of`.
+    """
     # Ids are given in the order of commits, so that whoever has seen one as the newest never misses an older one.
     hold_activations(connection)
-    row = {
-        "policy_version": store(connection, text, now=now),
-        "activated_at": now,
-        "activated_by": by,
-        "reason": reason,
-    }
+    newest = active(connection)
+    require_unchanged(instead_of, newest, now)
+    version = store(connection, text, now=now)
+    if newest is None and (decided := _newest_that_decided(connection)) not in (None, version):
+        _insert(connection, decided, by=by, reason="decided before, by a worker's policy file", now=now)
+    return _insert(connection, version, by=by, reason=reason, now=now)
+
+
+def _insert(connection: Connection, version: str | None, *, by: str, reason: str, now: datetime) -> int:
+    row = {"policy_version": version, "activated_at": now, "activated_by": by, "reason": reason}
     return insert_one(connection, PolicyActivation, row)
+
+
+def _newest_that_decided(connection: Connection) -> str | None:
+    return connection.scalar(select(Decision.policy_version).order_by(Decision.decided_at.desc()).limit(1))
+
+
+def roll_back(
+    connection: Connection,
+    *,
+    instead_of: PolicyActivationRow | None,
+    to: str | None,
+    by: str,
+    reason: str,
+    now: datetime,
+) -> int:
+    """Go back to the policy that was active before the active one; the activation's id is returned.
+
+    Args:
+        instead_of: as in `activate`.
+        to: the hash of an earlier policy; None for the one before, see `db.activations.choose_return`.
+
+    Raises:
+        ActiveChanged: another activation came after `instead_of`.
+        AlreadyRolledBack: the active policy came back already, and `to` is None.
+        NothingToRollBack: no other policy was active before, or not the one that `to` names.
+    """
+    hold_activations(connection)
+    require_unchanged(instead_of, active(connection), now)
+    _, version = rollback_target(connection, to=to, now=now)
+    return _insert(connection, version, by=by, reason=reason, now=now)
+
+
+def rollback_target(connection: Connection, *, to: str | None, now: datetime) -> tuple[PolicyActivationRow, str]:
+    """The newest activation, and the hash of the policy to which a rollback would go from it.
+
+    Raises:
+        AlreadyRolledBack, NothingToRollBack: as `roll_back`.
+    """
+    oldest_first = select(PolicyActivation).order_by(PolicyActivation.policy_activation_id)
+    history = every(connection, oldest_first, PolicyActivationRow)
+    way = way_back(row.policy_version for row in history)
+    version = choose_return(history, way[-2] if len(way) > 1 else None, to, now)
+    return history[-1], version
 
 
 def active(connection: Connection) -> PolicyActivationRow | None:
@@ -103,13 +172,6 @@ def activations(connection: Connection, limit: int) -> list[PolicyActivationRow]
     """The newest activations, newest first."""
     newest = select(PolicyActivation).order_by(PolicyActivation.policy_activation_id.desc()).limit(limit)
     return every(connection, newest, PolicyActivationRow)
-
-
-def previous(connection: Connection) -> PolicyActivationRow | None:
-    """The newest activation of another policy than the active one; None where there was no other."""
-    newest_first = select(PolicyActivation).order_by(PolicyActivation.policy_activation_id.desc()).limit(1)
-    now_active = newest_first.with_only_columns(PolicyActivation.policy_version).scalar_subquery()
-    return first(connection, newest_first.where(PolicyActivation.policy_version != now_active), PolicyActivationRow)
 
 
 # --- Stored scores -----------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from db.tables import TrainingRun
 def needed_versions(connection: Connection) -> dict[str, str]:
     """The versions whose files must stay, and for each what needs it, in words.
 
-    Of workers it knows what they said of the newest activation. Hold the activations (`db.queries.hold_activations`)
-    for as long as the answer is to be true.
+    Of workers it knows what they said of the newest activation. Hold the activations
+    (`db.activations.hold_activations`) for as long as the answer is to be true.
     """
     needed: dict[str, str] = {}
     newest = queries.active(connection)

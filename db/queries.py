@@ -28,7 +28,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import aliased
 
-from config.names import ACTIVATION_LOCK, LABELS
+from config.names import LABELS
+from db.activations import choose_return, hold_activations, require_unchanged, way_back
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
 from db.rows import WithScores, chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
@@ -507,16 +508,34 @@ class ActivationRow:
     activated_by: str
     reason: str
 
+    @property
+    def activated(self) -> str:
+        """What was activated, see `db.activations`."""
+        return self.version
 
-def activate(connection: Connection, *, version: str, by: str, reason: str, now: datetime) -> int:
+    @property
+    def label(self) -> str:
+        """The same for people."""
+        return f"version {self.version}"
+
+
+def activate(
+    connection: Connection, *, version: str, instead_of: ActivationRow | None, by: str, reason: str, now: datetime
+) -> int:
     """Make a registered version the active one; the activation's id is returned.
 
     A live trial beside another version ends by it: what it compared with decides no longer.
 
+    Args:
+        instead_of: the newest activation as the caller saw it; None where there was none.
+
     Raises:
         NoSuchVersion: no version is registered under this name.
+        ActiveChanged: another activation came after `instead_of`.
     """
     hold_activations(connection)
+    newest = active(connection)
+    require_unchanged(instead_of, newest, now)
     if connection.scalar(select(ModelVersion.version).where(ModelVersion.version == version)) is None:
         raise NoSuchVersion(f"no model version {version!r} is registered")
     end_live_trial(
@@ -531,10 +550,35 @@ def activate(connection: Connection, *, version: str, by: str, reason: str, now:
     return insert_one(connection, Activation, row)
 
 
-def hold_activations(connection: Connection) -> None:
-    """Until this transaction ends, nobody else activates a version or starts a trial."""
-    if connection.dialect.name == "postgresql":  # on SQLite a writer is alone
-        connection.execute(select(func.pg_advisory_xact_lock(ACTIVATION_LOCK)))
+def roll_back(
+    connection: Connection, *, instead_of: ActivationRow | None, to: str | None, by: str, reason: str, now: datetime
+) -> int:
+    """Go back to the version that was active before the active one; the activation's id is returned.
+
+    Args:
+        instead_of: as in `activate`.
+        to: an earlier version; None for the one before, see `db.activations.choose_return`.
+
+    Raises:
+        ActiveChanged: another activation came after `instead_of`.
+        AlreadyRolledBack: the active version came back already, and `to` is None.
+        NothingToRollBack: no other version was active before, or not the one that `to` names.
+    """
+    hold_activations(connection)
+    require_unchanged(instead_of, active(connection), now)
+    newest, version = rollback_target(connection, to=to, now=now)
+    return activate(connection, version=version, instead_of=newest, by=by, reason=reason, now=now)
+
+
+def rollback_target(connection: Connection, *, to: str | None, now: datetime) -> tuple[ActivationRow, str]:
+    """The newest activation, and the version to which a rollback would go from it.
+
+    Raises:
+        AlreadyRolledBack, NothingToRollBack: as `roll_back`.
+    """
+    history = every(connection, select(Activation).order_by(Activation.activation_id), ActivationRow)
+    version = choose_return(history, previous_version(connection), to, now)
+    return history[-1], version
 
 
 def end_live_trial(
@@ -564,15 +608,16 @@ def activations(connection: Connection, limit: int) -> list[ActivationRow]:
 
 
 def previous_version(connection: Connection) -> str | None:
-    """The version that was active before the active one; None where there was no other.
+    """The version on the way to the active one that is before it (see `way_back`); None where there is none.
 
     One that every worker refused is passed over: it never decided anything, and could not now.
     """
-    now_active = select(Activation.version).order_by(Activation.activation_id.desc()).limit(1).scalar_subquery()
+    newest = select(func.max(Activation.activation_id)).scalar_subquery()
     tried = exists().where(VersionLoad.activation_id == Activation.activation_id)
     loaded = tried.where(VersionLoad.error.is_(None))
-    other = select(Activation.version).where(Activation.version != now_active, loaded | ~tried)
-    return connection.scalar(other.order_by(Activation.activation_id.desc()).limit(1))
+    usable = select(Activation.version).where((Activation.activation_id == newest) | loaded | ~tried)
+    way = way_back(connection.scalars(usable.order_by(Activation.activation_id)))
+    return way[-2] if len(way) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,14 +11,8 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
 from config.names import LABELS, Action
-from db.queries import (
-    NoSuchVersion,
-    activate,
-    active,
-    end_live_trial,
-    hold_activations,
-    version,
-)
+from db.activations import hold_activations
+from db.queries import NoSuchVersion, activate, active, end_live_trial, version
 from db.rows import every, first, insert_if_absent, insert_one
 from db.session import DatabaseProblem
 from db.tables import Decision, Review, Submission, Trial, TrialScore
@@ -162,7 +156,9 @@ def promote_trial(connection: Connection, trial: TrialRow, *, by: str, reason: s
     its_row = Trial.trial_id == trial.trial_id
     if not end_live_trial(connection, its_row, outcome="promoted", by=by, verdict=reason, now=now):
         raise NoTrial(f"the {trial.kind} of {trial.version} is over; nothing was activated")
-    return activate(connection, version=trial.version, by=by, reason=reason, now=now)
+    # While a trial is live, what it was compared with is active: the activation of another version ends it.
+    instead_of = active(connection)
+    return activate(connection, version=trial.version, instead_of=instead_of, by=by, reason=reason, now=now)
 
 
 # --- What a candidate says ---------------------------------------------------------------------------------------

@@ -11,15 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from celery import Celery
 from sqlalchemy import Connection, Engine
 
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, trainer_settings
-from db import queries, reviews
+from db import queries, reviews, trials
+from db.activations import hold_activations, told
+from db.durable import database_time
 from db.outage import Outage
+from db.queries import ActivationRow
 from db.session import is_outage, open_database, reading, writing
+from db.trials import TrialRow
 from model.engine import load_scorer
 from model.version import version_directory
 from trainer.agreement import agreed_examples
@@ -37,6 +42,8 @@ HEARTBEAT_S = 5.0
 REPORT_EVERY_S = 0.5
 BY = "trainer"
 
+Done = TypeVar("Done")
+
 
 class NothingToTrain(Exception):
     """A run that cannot begin; the message says what is missing."""
@@ -45,11 +52,14 @@ class NothingToTrain(Exception):
 def carry_out(run_id: str, settings: Settings) -> None:
     """Carry out a requested run. Its row ends as promoted, refused or failed, with the reason.
 
+    A version that the gate lets pass is refused all the same where something else became active, or a trial began,
+    while it trained.
+
     A run that is not in state `requested` is left alone: its message came twice.
     """
     database = open_database(settings.database_url)
     with writing(database) as connection:
-        claimed = queries.claim_run(connection, run_id, datetime.now(UTC))
+        claimed = queries.claim_run(connection, run_id, database_time(connection))
     if not claimed:
         database.dispose()
         logger.info("run %s was carried out before, or never requested; nothing to do", run_id)
@@ -70,7 +80,7 @@ def carry_out(run_id: str, settings: Settings) -> None:
                 database,
                 run_id,
                 lambda connection: queries.finish_run(
-                    connection, run_id, state="failed", reason=reason, now=datetime.now(UTC)
+                    connection, run_id, state="failed", reason=reason, now=database_time(connection)
                 ),
             )
         return
@@ -121,16 +131,21 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
     active_evaluation = evaluate(parent, holdout, robustness_rows=chosen.robustness_rows)
     judgement = judge(candidate.evaluation, active_evaluation, chosen)
 
-    now = datetime.now(UTC)
-
     # Version, verdict and activation in one transaction: a kill leaves all of them or none.
-    def give_verdict(connection: Connection) -> None:
+    def give_verdict(connection: Connection) -> tuple[bool, str]:
+        hold_activations(connection)
+        now = database_time(connection)
+        # The gate compared with what was active hours ago.
+        newest, trial = queries.active(connection), trials.live_trial(connection)
+        superseded = superseded_by(active, newest, trial, now)
+        promoted = judgement.promoted and superseded is None
+        reason = judgement.reason if superseded is None else f"superseded: {superseded}. The gate: {judgement.reason}"
         queries.register_version(connection, candidate.manifest.model_dump(), now)
         queries.finish_run(
             connection,
             run_id,
-            state="promoted" if judgement.promoted else "refused",
-            reason=judgement.reason,
+            state="promoted" if promoted else "refused",
+            reason=reason,
             version=version,
             metrics={
                 "candidate": candidate.evaluation.as_dict(),
@@ -139,12 +154,37 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
             },
             now=now,
         )
-        if judgement.promoted:
-            queries.activate(connection, version=version, by=BY, reason=f"run {run_id}: {judgement.reason}", now=now)
+        if promoted:
+            queries.activate(
+                connection, version=version, instead_of=newest, by=BY, reason=f"run {run_id}: {reason}", now=now
+            )
+        return promoted, reason
 
-    _write(database, run_id, give_verdict)
-    logger.info("run %s: version %s: %s", run_id, version, judgement.reason)
-    return judgement.promoted
+    promoted, reason = _write(database, run_id, give_verdict)
+    logger.info("run %s: version %s: %s", run_id, version, reason)
+    return promoted
+
+
+def superseded_by(
+    start: ActivationRow, newest: ActivationRow | None, trial: TrialRow | None, now: datetime
+) -> str | None:
+    """Why a candidate must not replace what is active now, whatever the gate says of it; None if nothing has changed.
+
+    Args:
+        start: what was active when the run began, and what the gate compared the candidate with.
+        newest: the newest activation now.
+        trial: the live trial, which an activation would end.
+    """
+    if newest is None or newest.version != start.version:
+        # None only where somebody deleted rows, or restored an older backup.
+        since = "nothing is active any more" if newest is None else told(newest, now)
+        return f"the run began from version {start.version}, and meanwhile {since}"
+    if trial is not None:
+        return (
+            f"a {trial.kind} of version {trial.version}, started by {trial.started_by}, is live and would be ended; "
+            "end it, then activate the new version or retrain"
+        )
+    return None
 
 
 def _first(holdout: Dataset, rows: int) -> Dataset:
@@ -190,16 +230,17 @@ class _Reporter:
         _write(self._database, self._run_id, lambda connection: self._report(connection, **columns))
 
     def _report(self, connection: Connection, **columns: object) -> None:
-        queries.report_progress(connection, self._run_id, now=datetime.now(UTC), **columns)  # type: ignore[arg-type]
+        now = database_time(connection)
+        queries.report_progress(connection, self._run_id, now=now, **columns)  # type: ignore[arg-type]
 
 
-def _write(database: Engine, run_id: str, work: Callable[[Connection], None]) -> None:
+def _write(database: Engine, run_id: str, work: Callable[[Connection], Done]) -> Done:
     """Do it in one transaction; while the database is away, again after growing pauses. A training costs hours."""
     outage = Outage()
     while True:
         try:
             with writing(database) as connection:
-                work(connection)
+                done = work(connection)
         except Exception as error:
             if not is_outage(error):
                 raise
@@ -209,7 +250,7 @@ def _write(database: Engine, run_id: str, work: Callable[[Connection], None]) ->
         else:
             if outage.end():
                 logger.warning("run %s: the database can be written to again", run_id)
-            return
+            return done
 
 
 def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
@@ -218,7 +259,7 @@ def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_S):
         try:
             with writing(database) as connection:
-                queries.report_progress(connection, run_id, now=datetime.now(UTC))
+                queries.report_progress(connection, run_id, now=database_time(connection))
         except queries.RunIsOver:
             return
         except Exception as error:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from celery import bootsteps
@@ -15,6 +15,7 @@ from config.endpoints import HEALTH_PATH, READY_PATH, serve
 from config.names import RETRAIN_QUEUE, RETRAIN_TASK
 from config.settings import settings
 from db import queries
+from db.durable import database_time
 from db.migrate import SchemaMismatch, require_current
 from db.outage import Outage
 from db.session import open_database, reading, writing
@@ -42,8 +43,8 @@ def _record_lost_run(exception: BaseException | None = None, args: tuple[Any, ..
     if not args:
         return
     reason = f"the training process died: {exception}"
-    now = datetime.now(UTC)
     with _database() as database, writing(database) as connection:
+        now = database_time(connection)
         run = queries.run(connection, args[0])
         if run is not None and run.state in ("requested", "running"):
             queries.finish_run(connection, run.run_id, state="failed", reason=reason, now=now)
@@ -120,7 +121,7 @@ class RunWatch(bootsteps.StartStopStep):
             if now_s - since_s <= SILENT_S:
                 continue
             with writing(database) as connection:
-                now = datetime.now(UTC)
+                now = database_time(connection)
                 failed = queries.fail_abandoned_run(connection, run_id, heartbeat_at=heartbeat_at, now=now)
             if failed:
                 logger.error("run %s: its process stopped without a word", run_id)

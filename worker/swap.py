@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 from config.names import FORMER_STARTERS, STARTER_VERSION
 from config.settings import ROOT, Settings
 from db import queries, trials
+from db.activations import hold_activations
 from db.queries import ActivationRow
 from db.session import reading, writing
 from db.trials import TrialRow
@@ -246,11 +247,13 @@ class VersionFollower:
         now = clock.now()
         with writing(self._database) as connection:
             queries.register_version(connection, manifest, now)
-            queries.hold_activations(connection)
+            hold_activations(connection)
             # Another worker may have come first while this one waited for the lock.
             newest = queries.active(connection)
             if (newest.version if newest else None) == instead_of:
-                queries.activate(connection, version=STARTER_VERSION, by=self._worker, reason=reason, now=now)
+                queries.activate(
+                    connection, version=STARTER_VERSION, instead_of=newest, by=self._worker, reason=reason, now=now
+                )
                 newest = queries.active(connection)
         assert newest is not None
         return newest

@@ -196,7 +196,11 @@ class Monkey:
         choice = self._system.damaged_versions if fault.pick % 2 else self._system.sound_versions
         version = strike.note = choice[fault.pick // 2 % len(choice)]
         self._to_database.submit(
-            self._guarded, strike, lambda: self._system.client.activate(version, by="chaos", reason="chaos")
+            self._guarded,
+            strike,
+            lambda: self._system.client.activate(
+                version, instead_of=self._system.client.active(), by="chaos", reason="chaos"
+            ),
         )
 
     def _later(self, hand: ThreadPoolExecutor, work: Callable[[], object]) -> None:

@@ -322,7 +322,7 @@ class ChaosSystem:
         for name, damage in DAMAGES.items():
             self.damaged_versions.append(self._add_version(name))
             damage(self.versions_dir / name)
-        self.client.activate(self.sound_versions[0], by="chaos", reason="the first")
+        self.client.activate(self.sound_versions[0], instead_of=self.client.active(), by="chaos", reason="the first")
 
     def _add_version(self, name: str) -> str:
         directory = copy_version(self._version, self.versions_dir, name)

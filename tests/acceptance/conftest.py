@@ -43,5 +43,5 @@ def new_system(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[Sy
 def system(new_system: System, tiny_version: Path) -> System:
     """A system with the tiny version `v1` active."""
     new_system.add_version(tiny_version, "v1")
-    new_system.client.activate("v1", by="the test", reason="first")
+    new_system.client.activate("v1", instead_of=new_system.client.active(), by="the test", reason="first")
     return new_system

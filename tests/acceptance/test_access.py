@@ -119,7 +119,14 @@ def activate(database_url: str, directory: Path) -> None:
     engine = open_database(database_url)
     with writing(engine) as connection:
         queries.register_version(connection, manifest, datetime.now(UTC))
-        queries.activate(connection, version=manifest["version"], by="test", reason="first", now=datetime.now(UTC))
+        queries.activate(
+            connection,
+            instead_of=queries.active(connection),
+            version=manifest["version"],
+            by="test",
+            reason="first",
+            now=datetime.now(UTC),
+        )
     engine.dispose()
 
 
@@ -179,7 +186,7 @@ def test_each_user_of_redis_can_do_its_work_and_nothing_else(
         assert state.problems == []
         assert (state.workers, state.trainers) == ([worker.node], [trainer.node])
         assert list(state.pipelines) == [worker.node]
-        operator.activate("v1", by="operator", reason="again")
+        operator.activate("v1", instead_of=operator.active(), by="operator", reason="again")
         run_id = operator.retrain(requested_by="operator", epochs=0.01)
         wait_until(lambda: _state(operator, run_id) != "requested", TIMEOUT_S, "the trainer's claim")
         with closing(producer.follow("0")) as following:
@@ -289,9 +296,11 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
         expired = client.submit("Too late.", expires_at="2020-01-01T00:00:00Z")
         assert client.wait([*ids, expired], timeout_s=TIMEOUT_S) == {**dict.fromkeys(ids, "decided"), expired: "dead"}
         client.review(ids[0], action="allow", reviewer="ann")
-        client.activate("v1", by="client", reason="again")
+        client.activate("v1", instead_of=client.active(), by="client", reason="again")
         # And a policy is activated, which the worker follows
-        client.activate_policy("communities: {default: {}}", by="client", reason="allow everything")
+        client.activate_policy(
+            "communities: {default: {}}", instead_of=client.active_policy(), by="client", reason="allow everything"
+        )
         active = client.active_policy()
         assert active is not None
         wait_until(
@@ -315,7 +324,14 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
             assert queries.claim_run(connection, "r", datetime.now(UTC))
             assert look(connection, None).runs == {"running": 1}
             assert [each.text for each in reviews.judged_texts(connection)] == [None]  # it was erased
-            queries.activate(connection, version="v1", by="trainer", reason="better", now=datetime.now(UTC))
+            queries.activate(
+                connection,
+                instead_of=queries.active(connection),
+                version="v1",
+                by="trainer",
+                reason="better",
+                now=datetime.now(UTC),
+            )
         engine.dispose()
         # And webhooks are delivered, and what was given up is tried again by an operator
         engine = open_database(role_urls["webhooks"])

@@ -58,7 +58,9 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     # When those are activated while comments come
     with system.stream(texts) as ids:
         for name in ("v2", "v3"):
-            said = words(system, system.client.activate(name, by="the test", reason="better"))
+            said = words(
+                system, system.client.activate(name, instead_of=system.client.active(), by="the test", reason="better")
+            )
             # Then the one host follows, and the other says what it lacks, and where
             assert said["w1"] == (name, None)
             version, error = said["w2"]
@@ -85,7 +87,9 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
     }
     # And when that host has got the active version, it goes
     copy_version(here / "v3", there, "v3")
-    assert words(system, system.client.activate("v3", by="the test", reason="again"))["w2"] == ("v3", None)
+    assert words(
+        system, system.client.activate("v3", instead_of=system.client.active(), by="the test", reason="again")
+    )["w2"] == ("v3", None)
     assert json.loads(moderato(system, "models", "prune", "--keep", "0", "--yes", "--json"))["going"] == ["v1"]
     assert {path.name for path in here.iterdir()} == {"v2", "v3", ".pruned"}
 

@@ -132,7 +132,7 @@ def with_histogram(version: Path, directory: Path) -> Path:
 def system(new_system: System, tiny_version: Path, tmp_path: Path) -> System:
     """A system whose version knows how it should score, with two days of decisions, a failed and a running training."""
     new_system.add_version(with_histogram(tiny_version, tmp_path), "v1")
-    new_system.client.activate("v1", by="the test", reason="first")
+    new_system.client.activate("v1", instead_of=new_system.client.active(), by="the test", reason="first")
     now = datetime.now(UTC)
     stored = [
         scored(f"{hours_ago} hours ago, {n}", decided_at=now - timedelta(hours=hours_ago), submitted_at=now)

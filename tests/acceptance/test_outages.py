@@ -91,7 +91,7 @@ def test_a_worker_outlives_every_outage_of_redis(
     with System(own_redis.url, sqlite_url, tmp_path) as system:
         # Given a worker in the middle of a queue, with messages in hand and a fetch in flight
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         worker = system.start_worker(**SMALL_STEPS)
         broken = Broken(system, worker, texts)
 
@@ -165,7 +165,7 @@ def test_a_worker_ends_beside_a_frozen_redis(
     with System(own_redis.url, sqlite_url, tmp_path) as system:
         # Given a worker in the middle of a queue, and a Redis that stands still
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         ids = [system.client.submit(each) for each in texts[:600]]
         worker = system.start_worker(**SMALL_STEPS)
         system.wait_for_count(50)
@@ -202,7 +202,7 @@ def test_decisions_wait_for_sqlite(
     with System(redis_url, sqlite_url, tmp_path) as system:
         # Given a worker in the middle of a queue
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         worker = system.start_worker(**SMALL_STEPS)
         broken = Broken(system, worker, texts)
 
@@ -250,7 +250,7 @@ def test_decisions_wait_for_postgresql(
     with System(redis_url, url, tmp_path) as system:
         # Given a worker in the middle of a queue
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         worker = system.start_worker(**SMALL_STEPS)
         broken = Broken(system, worker, texts)
 
@@ -344,7 +344,7 @@ def test_a_host_clock_that_jumps_moves_nothing(
     with System(redis_url, sqlite_url, tmp_path) as system:
         # Given a worker on a host whose clock can be set, and comments that expire within the hour
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         host_clock = tmp_path / "faketime"
         host_clock.write_text("+0\n")
         system.environment |= {

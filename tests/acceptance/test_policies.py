@@ -49,20 +49,29 @@ def test_a_policy_takes_over_in_the_middle_of_a_stream(system: System, texts: li
         own = read_policy(ROOT / "config" / "policy.yaml")
         wait_for_decision_by(system, own.text)
         # When a policy is activated, then both follow
-        system.client.activate_policy(ALLOW, by="the test", reason="first")
+        system.client.activate_policy(ALLOW, instead_of=system.client.active_policy(), by="the test", reason="first")
         wait_until_both(system, ALLOW)
         wait_for_decision_by(system, ALLOW)
         # And when one is whose broadcast is lost, then the one follows that looks
         with writing(system.database) as connection:
-            policies.activate(connection, LABEL, by="the test", reason="not told", now=datetime.now(UTC))
+            policies.activate(
+                connection,
+                LABEL,
+                instead_of=policies.active(connection),
+                by="the test",
+                reason="not told",
+                now=datetime.now(UTC),
+            )
         wait_until(lambda: deciding(system)["w2"] == (version(LABEL), False), TIMEOUT_S, "the look of w2")
         # And where one cannot be read, then both go on with what they have, and say so
-        system.client.activate_policy(REMOVE, by="the test", reason="third")
+        system.client.activate_policy(REMOVE, instead_of=system.client.active_policy(), by="the test", reason="third")
         wait_until_both(system, REMOVE)
-        system.client.activate_policy(OF_A_NEWER_RELEASE, by="the test", reason="a mistake")
+        system.client.activate_policy(
+            OF_A_NEWER_RELEASE, instead_of=system.client.active_policy(), by="the test", reason="a mistake"
+        )
         wait_until_both(system, REMOVE, refused=True)
         # And after a rollback nothing is refused any more
-        system.client.rollback_policy(by="the test")
+        system.client.rollback_policy(instead_of=system.client.active_policy(), by="the test")
         wait_until_both(system, REMOVE)
         last = len(ids)
         wait_until(lambda: len(ids) > last, TIMEOUT_S, "more comments")

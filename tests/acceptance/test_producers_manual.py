@@ -18,7 +18,7 @@ BROKER, DATABASE = "redis://queue.example/0", "postgresql://app@db.example/moder
 def test_every_example_is_decided(redis_url: str, sqlite_url: str, tiny_version: Path, tmp_path: Path) -> None:
     with System(redis_url, sqlite_url, tmp_path) as system:
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         system.start_worker()
         # When each example is run, on our servers
         examples = re.findall(r"```(\w+)\n(.*?)```", MANUAL, re.DOTALL)

@@ -154,7 +154,7 @@ def test_texts_are_nowhere_but_where_they_may_be(
     logs.mkdir()
     with System(own_redis.url, database_url, tmp_path) as system:
         system.add_version(tiny_version, "v1")
-        system.client.activate("v1", by="the test", reason="first")
+        system.client.activate("v1", instead_of=system.client.active(), by="the test", reason="first")
         with writing(system.database) as connection:
             for statement in REFUSING_TRIGGER[system.database.dialect.name]:
                 connection.exec_driver_sql(statement)

@@ -127,7 +127,9 @@ def test_versions_of_every_kind_are_activated_under_fire(system: System, tiny_ve
         order = chance.sample([*UNSOUND, *rest], k=ACTIVATIONS)
         activations: dict[int, str] = {}
         for count, version in enumerate(order, 1):
-            activation = system.client.activate(version, by="the test", reason="fire")
+            activation = system.client.activate(
+                version, instead_of=system.client.active(), by="the test", reason="fire"
+            )
             activations[activation] = version
             if version in UNSOUND or chance.random() < 0.5:
                 wait_until(lambda: word_of_first(activation), TIMEOUT_S, f"the word of {first.node} on {version}")  # noqa: B023
@@ -143,7 +145,7 @@ def test_versions_of_every_kind_are_activated_under_fire(system: System, tiny_ve
                 second = system.start_worker(node="w2", **WORKER)
         # Then both workers agree in the end
         last = next(name for name in SOUND if name != order[-1])
-        activation = system.client.activate(last, by="the test", reason="the last")
+        activation = system.client.activate(last, instead_of=system.client.active(), by="the test", reason="the last")
         both = {(first.node, last, None), (second.node, last, None)}
 
         def agree() -> bool:

@@ -93,7 +93,7 @@ def test_a_retrained_version_takes_over_in_the_middle_of_a_stream(system: System
         # And the worker follows, and follows again when someone rolls back
         assert run.version is not None
         wait_for_decision_by(system, run.version)
-        system.wait_for_load(system.client.rollback(by="the test"))
+        system.wait_for_load(system.client.rollback(instead_of=system.client.active(), by="the test"))
         wait_for_decision_by(system, "v1")
 
     # Then every comment was decided once, by a version that was active in its time, and each version had some
@@ -118,7 +118,9 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
         wait_for_decision_by(system, "v1")
 
         # When it is activated
-        refusal = system.wait_for_load(system.client.activate("damaged", by="the test", reason="a mistake"))
+        refusal = system.wait_for_load(
+            system.client.activate("damaged", instead_of=system.client.active(), by="the test", reason="a mistake")
+        )
 
         # Then the worker refuses it, says which file is damaged, and goes on
         assert refusal.version == "v1"
@@ -127,11 +129,13 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
         assert f"{ONNX_FILE} is damaged" in refusal.error
         wait_for_decision_by(system, "v1")
         # And a rollback is followed
-        load = system.wait_for_load(system.client.rollback(by="the test"))
+        load = system.wait_for_load(system.client.rollback(instead_of=system.client.active(), by="the test"))
         assert (load.version, load.error) == ("v1", None)
         # And so is a sound version after it
         system.add_version(tiny_version, "v2")
-        load = system.wait_for_load(system.client.activate("v2", by="the test", reason="better"))
+        load = system.wait_for_load(
+            system.client.activate("v2", instead_of=system.client.active(), by="the test", reason="better")
+        )
         assert (load.version, load.error) == ("v2", None)
         wait_for_decision_by(system, "v2")
 

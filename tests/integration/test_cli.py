@@ -304,15 +304,16 @@ class TestReading:
         assert "hide 0.9 " in done.stdout and "review 0.4, hide 0.9" in done.stdout
         assert "community 'kids' never submitted a comment" in moderato("policy", "check", str(mild)).stderr
         # When it is activated after a question, then it is the active one
-        assert "Decide by this policy" in moderato("policy", "activate", str(strict), stdin="n\n", status=1).stdout
+        for answer in ("n\n", ""):  # no, or nobody to ask
+            moderato("policy", "activate", str(strict), stdin=answer, status=1)
         assert "ever activated" in moderato("policy", "history").stderr
         # And not where somebody else activates one before the answer
         with monkeypatch.context() as patch:
             patch.setattr(
-                "typer.confirm", lambda *_, **__: client.activate_policy(OTHER_POLICY, by="bob", reason="mine")
+                "typer.confirm",
+                lambda *_, **__: client.activate_policy(OTHER_POLICY, instead_of=None, by="bob", reason="mine"),
             )
-            said = moderato("policy", "activate", str(strict), status=1).stderr
-        assert "nothing was changed, as meanwhile bob activated" in said and said.endswith("differ\n")
+            assert "by bob" in moderato("policy", "activate", str(strict), status=1).stderr
         done = moderato("policy", "activate", str(strict), "--by", "ann", "--reason", "why", stdin="y\n")
         assert "no worker answers" in done.stderr
         version = parse_policy(strict.read_text()).version
@@ -322,13 +323,16 @@ class TestReading:
         # And texts go back and forth, by their hashes too
         assert moderato("policy", "show", "--text").stdout == strict.read_text()
         moderato("policy", "activate", str(mild), "--yes")
-        moderato("policy", "rollback", "--reason", "too mild")
+        moderato("policy", "rollback", "--reason", "nobody to ask", status=1)
+        moderato("policy", "rollback", "--reason", "too mild", stdin="y\n")
+        moderato("policy", "rollback", "--reason", "too mild too", "--yes", status=1)
         rows = json_lines(moderato("policy", "history", "--json").stdout)
         assert [(row["policy_version"] == version, row["reason"]) for row in rows] == [
             (True, "too mild"),
             (False, "by hand"),
             (True, "why"),
             (False, "mine"),
+            (False, "decided before, by a worker's policy file"),
         ]
         told = json.loads(moderato("policy", "diff", version[:8], "active", "--json").stdout)
         assert told == {"a": version, "b": version, "changes": []}
@@ -338,10 +342,15 @@ class TestReading:
         assert result is not None
         assert (result.action, result.reviewer) == ("remove", "ann")
         # And where the active one is of a newer release, it is shown as far as it goes, and can be replaced
-        client.activate_policy("communities: {default: {toxic: {ban: 1}}}", by="newer", reason="a mistake")
+        client.activate_policy(
+            "communities: {default: {toxic: {ban: 1}}}",
+            instead_of=client.active_policy(),
+            by="newer",
+            reason="a mistake",
+        )
         assert "cannot be read by this release: communities.default.toxic names" in moderato("policy", "show").stdout
         assert json.loads(moderato("policy", "show", "--json").stdout)["communities"] is None
-        assert "cannot be shown" in moderato("policy", "activate", str(mild), "--yes").stderr
+        assert "'ban'" in moderato("policy", "activate", str(mild), "--yes").stderr
         # And a name of nothing is one line
         assert "neither a file nor `active`" in moderato("policy", "show", "absent.yaml", status=1).stderr
 
@@ -457,12 +466,27 @@ class TestVersions:
         assert said.startswith(f"moderato: version {VERSION}: {WEIGHTS_FILE} is damaged")
         assert len(json_lines(moderato("models", "--json").stdout)[0]["activations"]) == 1
 
-    def test_back_and_no_further(self, moderato: Moderato, sqlite_url: str) -> None:
+    def test_what_no_gate_has_judged_is_asked_about_and_gone_back_from_once(
+        self, moderato: Moderato, sqlite_url: str
+    ) -> None:
         decide(sqlite_url)
         moderato("activate", "v1")
-        assert moderato("rollback", status=1).stderr.startswith("moderato: no other version was active before")
-        moderato("activate", "v2")
-        assert moderato("rollback").stderr == "v1 is the active version again\n"
+        moderato("rollback", "--yes", status=1)
+        # Given a version that no gate has compared with the active one
+        asked = moderato("activate", VERSION, status=1).stderr
+        assert "120 held-out rows" in asked and "--yes" in asked
+        moderato("activate", VERSION, stdin="n\n", status=1)
+        moderato("activate", VERSION, stdin="y\n")
+        moderato("activate", "v2", "--yes")
+        # When two people go back from it
+        moderato("rollback", status=1)  # nobody to ask
+        assert f"{VERSION} is the active version again" in moderato("rollback", stdin="y\n").stderr
+        assert "--to v1" in moderato("rollback", "--yes", status=1).stderr
+        # Then only a name leads further back; what was active is not asked about again
+        moderato("rollback", "--to", "v1", "--yes")
+        moderato("activate", VERSION)
+        [listed] = json_lines(moderato("models", "--json").stdout)
+        assert [row["version"] for row in listed["activations"]] == [VERSION, "v1", VERSION, "v2", VERSION]
 
     def test_two_side_by_side(self, moderato: Moderato, sqlite_url: str, versions_dir: Path, tmp_path: Path) -> None:
         # Given a version by its name and one by its directory, and no comment
@@ -803,7 +827,7 @@ class TestTrials:
     def database(self, sqlite_url: str, client: ModerationClient) -> Iterator[Engine]:
         """v1 is the active version."""
         decide(sqlite_url)
-        client.activate("v1", by="me", reason="first")
+        client.activate("v1", instead_of=client.active(), by="me", reason="first")
         engine = open_database(sqlite_url)
         yield engine
         engine.dispose()
@@ -847,6 +871,7 @@ class TestTrials:
         # And another trial has to wait, whose names are not those of this one
         assert "a trial runs already" in moderato("ab", "start", "v2", status=1).stderr
         assert "no ab runs, but a trial of another kind: canary" in moderato("ab", "promote", status=1).stderr
+        assert VERSION in moderato("canary", "promote", "v2", status=1).stderr
         # When it is stopped
         assert "v1 decides alone" in moderato("canary", "stop", "--reason", "enough seen").stderr
         assert "stopped at" in (shown := moderato("canary", "status").stdout)

@@ -27,6 +27,8 @@ from redis import Redis
 from sqlalchemy import Engine
 
 from api_client.client import (
+    ActiveChanged,
+    AlreadyRolledBack,
     BrokerUnavailable,
     InvalidComment,
     ModerationClient,
@@ -45,9 +47,10 @@ from db.durable import overdue
 from db.migrate import SchemaMismatch
 from db.queries import NoSuchDecision, NoSuchVersion
 from db.session import DatabaseProblem, open_database, reading, sqlite_file, writing
-from tests.integration.rows import NOON, decide, letter, minutes, scored
+from tests.integration.rows import NOON, POLICY_VERSION, decide, letter, minutes, scored
 from tests.services import locks_waited_for, wait_until
 
+MILD = "communities: {default: {toxic: {hide: 0.9}}}"
 NOWHERE = "redis://:secret@127.0.0.1:1/0"
 
 
@@ -742,42 +745,94 @@ class TestVersions:
         decide(database_url)
         assert client.active() is None
         # When the first is activated and then the second
-        client.activate("v1", by="ada", reason="the first")
+        client.activate("v1", instead_of=client.active(), by="ada", reason="the first")
         with pytest.raises(NothingToRollBack):
-            client.rollback(by="ada")
-        second = client.activate("v2", by="ada", reason="better")
+            client.rollback(instead_of=client.active(), by="ada")
+        second = client.activate("v2", instead_of=client.active(), by="ada", reason="better")
         # Then the second is active
         active = client.active()
         assert active is not None
         assert (active.activation_id, active.version, active.reason) == (second, "v2", "better")
         # And going back makes the first active again
-        client.rollback(by="bob")
+        client.rollback(instead_of=client.active(), by="bob")
         assert [(row.version, row.activated_by, row.reason) for row in client.activations(limit=2)] == [
             ("v1", "bob", "rollback"),
             ("v2", "ada", "better"),
         ]
 
     @pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
-    def test_going_back_while_another_activates_is_from_what_that_makes_active(
+    def test_going_back_while_another_activates_goes_nowhere(
         self, client: ModerationClient, database_url: str, engine: Engine
     ) -> None:
         decide(database_url)
-        client.activate("v1", by="ada", reason="the first")
+        client.activate("v1", instead_of=None, by="ada", reason="the first")
+        seen = client.active()
         with ThreadPoolExecutor(1) as pool:
             # Given an activation that is not committed yet
             with writing(engine) as connection:
-                queries.activate(connection, version="v2", by="ada", reason="better", now=NOON)
-                # When somebody goes back
-                going_back = pool.submit(client.rollback, by="bob")
+                queries.activate(connection, version="v2", instead_of=seen, by="ada", reason="better", now=NOON)
+                # When somebody goes back from what they see
+                going_back = pool.submit(client.rollback, instead_of=seen, by="bob")
                 with reading(engine) as other:
                     wait_until(lambda: locks_waited_for(other), what="bob waiting")
-            going_back.result()
-        # Then that is from the second to the first
-        assert [row.version for row in client.activations(limit=3)] == ["v1", "v2", "v1"]
+            # Then that is refused, as it is not active any more
+            with pytest.raises(ActiveChanged):
+                going_back.result()
+        assert [row.version for row in client.activations(limit=3)] == ["v2", "v1"]
+
+    def test_two_people_who_go_back_go_back_once(self, client: ModerationClient, database_url: str) -> None:
+        decide(database_url)
+        client.register({"version": "v3", "parent": None})
+        for version in ("v1", "v2", "v3"):
+            client.activate(version, instead_of=client.active(), by="ada", reason="better")
+        seen = client.active()
+        client.rollback(instead_of=seen, by="ann")
+        # When another goes back from the bad version, at the same time and a little later
+        with pytest.raises(ActiveChanged):
+            client.rollback(instead_of=seen, by="bob")
+        with pytest.raises(AlreadyRolledBack):
+            client.rollback(instead_of=client.active(), by="bob")
+        # And the active version is activated once more, which is no way out
+        client.activate("v2", instead_of=client.active(), by="ann", reason="to be sure")
+        with pytest.raises(AlreadyRolledBack):
+            client.rollback(instead_of=client.active(), by="bob")
+        # Then only a name leads further back, and only to what was active
+        for wrong in ("v2", "v9"):
+            with pytest.raises(NothingToRollBack):
+                client.rollback(instead_of=client.active(), to=wrong, by="bob")
+        client.rollback(instead_of=client.active(), to="v1", by="bob")
+        assert [row.version for row in client.activations(limit=9)] == ["v1", "v2", "v2", "v3", "v2", "v1"]
+        # And from what was activated afterwards the way back does not lead to the bad version
+        client.activate("v2", instead_of=client.active(), by="ann", reason="better")
+        assert client.rollback_target()[1] == "v1"
+
+    def test_a_policy_is_gone_back_from_once_and_the_first_one_to_that_of_the_file(
+        self, client: ModerationClient, database_url: str
+    ) -> None:
+        # Given what a policy file decided, and the first policy that somebody activates
+        decide(database_url, scored("by the file"))
+        with pytest.raises(NothingToRollBack):
+            client.rollback_policy_target()
+        client.activate_policy(MILD, instead_of=None, by="ann", reason="milder")
+        seen = client.active_policy()
+        with pytest.raises(ActiveChanged):
+            client.activate_policy(MILD, instead_of=None, by="bob", reason="the same")
+        # When two go back from it
+        client.rollback_policy(instead_of=seen, by="ann")
+        for instead_of, error in ((seen, ActiveChanged), (client.active_policy(), AlreadyRolledBack)):
+            with pytest.raises(error):
+                client.rollback_policy(instead_of=instead_of, by="bob")
+        # Then the file's policy decides again, and only a name leads elsewhere
+        active = client.active_policy()
+        assert active is not None and active.policy_version == POLICY_VERSION
+        assert seen is not None
+        client.rollback_policy(instead_of=active, to=seen.policy_version[:8], by="bob")
+        history = [row.policy_version == POLICY_VERSION for row in client.policy_activations()]
+        assert history == [False, True, False, True]
 
     def test_a_version_that_nobody_registered(self, client: ModerationClient) -> None:
         with pytest.raises(NoSuchVersion):
-            client.activate("v9", by="ada", reason="hope")
+            client.activate("v9", instead_of=client.active(), by="ada", reason="hope")
 
     def test_a_version_that_the_gate_refused_needs_force(self, client: ModerationClient, database_url: str) -> None:
         decide(database_url)
@@ -787,9 +842,9 @@ class TestVersions:
             queries.finish_run(connection, "r", state="refused", reason="toxic fell", version="v2", now=NOON)
         engine.dispose()
         with pytest.raises(RefusedByGate, match="toxic fell"):
-            client.activate("v2", by="ada", reason="hope")
+            client.activate("v2", instead_of=client.active(), by="ada", reason="hope")
         assert client.active() is None
-        client.activate("v2", by="ada", reason="hope", force=True)
+        client.activate("v2", instead_of=client.active(), by="ada", reason="hope", force=True)
         active = client.active()
         assert active is not None and active.version == "v2"
 
@@ -809,7 +864,7 @@ class TestVersions:
                 with suppress(TimeoutError):
                     broker.drain_events(timeout=0.5)  # kombu subscribes when it first waits
                 with ModerationClient(redis_url, sqlite_url) as client:
-                    client.activate("v1", by="ada", reason="first")
+                    client.activate("v1", instead_of=client.active(), by="ada", reason="first")
                 while not heard:
                     broker.drain_events(timeout=30)
         # Then it hears of the activation
@@ -818,7 +873,7 @@ class TestVersions:
     def test_without_a_broker_the_row_is_still_written(self, sqlite_url: str) -> None:
         decide(sqlite_url)
         with ModerationClient(NOWHERE, sqlite_url) as client:
-            client.activate("v1", by="ada", reason="first")
+            client.activate("v1", instead_of=client.active(), by="ada", reason="first")
             active = client.active()
         assert active is not None and active.version == "v1"
 
@@ -831,7 +886,7 @@ class TestStatus:
         with Celery(broker=redis_url, set_as_current=False) as plain:
             plain.send_task("worker.moderate", [[{"text": "three"}]], queue="toxicity", priority=6)
         decide(database_url, scored("a", action="hide"))
-        activation_id = client.activate("v2", by="ada", reason="better")
+        activation_id = client.activate("v2", instead_of=client.active(), by="ada", reason="better")
         engine = open_database(database_url)
         with writing(engine) as connection:
             queries.record_load(

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DataError
 
 from config.names import LABELS, Action
 from db import dead_letters, queries
+from db.activations import ActiveChanged
 from db.queries import (
     NoSuchDecision,
     NoSuchRun,
@@ -412,7 +413,8 @@ class TestActivations:
         return engine
 
     def activate(self, engine: Engine, version: str) -> int:
-        return int(tell(engine, queries.activate, version=version, by="me", reason="to see", now=NOON))
+        seen = ask(engine, queries.active)
+        return int(tell(engine, queries.activate, version=version, instead_of=seen, by="me", reason="to see", now=NOON))
 
     def test_before_the_first_nothing_is_active(self, registered: Engine) -> None:
         assert ask(registered, queries.active) is None
@@ -430,15 +432,29 @@ class TestActivations:
         with pytest.raises(NoSuchVersion, match="'v9'"):
             self.activate(registered, "v9")
 
+    def test_an_activation_replaces_only_what_its_caller_saw(self, registered: Engine) -> None:
+        first = self.activate(registered, "v1")
+        seen = ask(registered, queries.active)
+        newest = self.activate(registered, "v2")
+        # When somebody who saw the first activation, or none, activates another version or rolls back
+        stale: dict[str, Any] = {"by": "bob", "reason": "late", "now": NOON}
+        for instead_of in (seen, None):
+            with pytest.raises(ActiveChanged):
+                tell(registered, queries.activate, version="v3", instead_of=instead_of, **stale)
+            with pytest.raises(ActiveChanged):
+                tell(registered, queries.roll_back, instead_of=instead_of, to=None, **stale)
+        # Then nothing was written
+        assert [row.activation_id for row in ask(registered, queries.activations, limit=5)] == [newest, first]
+
     def test_the_previous_version_is_the_last_other_one(self, registered: Engine) -> None:
         # Given a version that was activated twice in a row
         for version in ("v1", "v2", "v3", "v3"):
             self.activate(registered, version)
         # Then the one before it is the last one that differs
         assert ask(registered, queries.previous_version) == "v2"
-        # and after going back, it is the one that was gone back from
+        # and after going back, the one before that
         self.activate(registered, "v2")
-        assert ask(registered, queries.previous_version) == "v3"
+        assert ask(registered, queries.previous_version) == "v1"
 
     def test_a_version_that_no_worker_could_load_is_no_previous_one(self, registered: Engine) -> None:
         # Given one version that loaded, one that was refused, one that was refused at first, and the active one
@@ -595,7 +611,14 @@ class TestTrainingRuns:
             tell(requested, queries.report_progress, "run", now=minutes(6), step=3)
         # and where it would promote its version in one transaction with the verdict, neither is written
         with pytest.raises(RunIsOver), writing(requested) as connection:
-            queries.activate(connection, version="v2", by="trainer", reason="better", now=minutes(7))
+            queries.activate(
+                connection,
+                instead_of=queries.active(connection),
+                version="v2",
+                by="trainer",
+                reason="better",
+                now=minutes(7),
+            )
             queries.finish_run(connection, "run", state="promoted", reason="better", version="v2", now=minutes(7))
         assert ask(requested, queries.active) is None
         assert ask(requested, queries.run, "run").state == "failed"

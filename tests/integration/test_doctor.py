@@ -60,8 +60,17 @@ def test_what_is_sound_is_said_to_be(redis_url: str, database_url: str, tiny_ver
     with writing(engine) as connection:
         now = datetime.now(UTC)
         queries.register_version(connection, read_manifest(tiny_version).model_dump(), now)
-        queries.activate(connection, version="tiny-1", by="t", reason="first", now=now)
-        policies.activate(connection, "communities: {default: {}}", by="t", reason="first", now=now)
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="tiny-1", by="t", reason="first", now=now
+        )
+        policies.activate(
+            connection,
+            "communities: {default: {}}",
+            instead_of=policies.active(connection),
+            by="t",
+            reason="first",
+            now=now,
+        )
     engine.dispose()
     settings = with_urls(redis_url, database_url, MODERATO_VERSIONS_DIR=str(tiny_version.parent))
     # Then there is nothing to complain of
@@ -135,7 +144,9 @@ def test_a_version_that_is_damaged_or_gone(redis_url: str, sqlite_url: str, tiny
     with writing(engine) as connection:
         now = datetime.now(UTC)
         queries.register_version(connection, read_manifest(directory).model_dump(), now)
-        activation_id = queries.activate(connection, version="v1", by="t", reason="first", now=now)
+        activation_id = queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="t", reason="first", now=now
+        )
         queries.record_load(
             connection, activation_id=activation_id, worker="w2", version="v0", error="no such folder", now=now
         )
@@ -188,7 +199,9 @@ def test_a_policy_that_cannot_be_read(redis_url: str, sqlite_url: str, tmp_path:
     sound = (ROOT / "config/policy.yaml").read_text()
     for active, level in ((sound, "warning"), ("of: tomorrow", "problem")):
         with writing(engine) as connection:
-            policies.activate(connection, active, by="t", reason="r", now=datetime.now(UTC))
+            policies.activate(
+                connection, active, instead_of=policies.active(connection), by="t", reason="r", now=datetime.now(UTC)
+            )
         levels = found(check_policy, settings)
         assert str(tmp_path) in levels[level] and {"warning", "problem"} & set(levels) == {level}
     engine.dispose()

@@ -47,7 +47,9 @@ def active(engine: Engine) -> Engine:
         held_out = score_histogram([[0.3] * len(LABELS)] * ENOUGH)
         manifest = {"version": "v1", "parent": None, "metrics": {"score_histogram": held_out}}
         queries.register_version(connection, manifest, NOON)
-        queries.activate(connection, version="v1", by="me", reason="first", now=NOON)
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="me", reason="first", now=NOON
+        )
     return engine
 
 
@@ -57,7 +59,9 @@ def test_nothing_is_said_without_a_version_or_with_too_few_decisions(engine: Eng
         assert measure_drift(connection, now=NOON) is None
     with writing(engine) as connection:
         prepare(connection, "v1")
-        queries.activate(connection, version="v1", by="me", reason="first", now=NOON)
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="me", reason="first", now=NOON
+        )
     decide(engine, "one", hours_ago=1, count=1)
     # Then the shares are there, and no distance
     found = drift(engine)

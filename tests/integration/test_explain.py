@@ -48,7 +48,9 @@ def test_an_explanation_holds_all_that_is_known(client: ModerationClient, engine
         activated_by = iter(["early", "in force", "late"])
         for at in (-5, 5, 15):
             by = next(activated_by)
-            queries.activate(connection, version="v1", by=by, reason="better", now=minutes(at))
+            queries.activate(
+                connection, instead_of=queries.active(connection), version="v1", by=by, reason="better", now=minutes(at)
+            )
             activation = {
                 "policy_version": POLICY_VERSION, "activated_at": minutes(at), "activated_by": by, "reason": "milder",
             }  # fmt: skip
@@ -59,7 +61,9 @@ def test_an_explanation_holds_all_that_is_known(client: ModerationClient, engine
                 connection, submission_id="1", action=action, labels={"toxic": number == 1}, reviewer=f"mod{number}",
                 note="why", now=minutes(20 + number),
             )  # fmt: skip
-        queries.activate(connection, version="v2", by="t", reason="baseline", now=minutes(30))
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v2", by="t", reason="baseline", now=minutes(30)
+        )
         trial_id = trials.start_trial(
             connection, kind="shadow", candidate="v1", share=1, bounds={}, by="t", reason="r", now=minutes(31)
         )
@@ -98,7 +102,9 @@ def test_an_explanation_holds_all_that_is_known(client: ModerationClient, engine
 def test_a_decision_in_a_trial_names_the_trial(client: ModerationClient, engine: Engine) -> None:
     with writing(engine) as connection:
         prepare(connection, "v1", "v2")
-        queries.activate(connection, version="v1", by="t", reason="first", now=minutes(0))
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="t", reason="first", now=minutes(0)
+        )
         trials.start_trial(
             connection, kind="canary", candidate="v2", share=0.1, bounds={}, by="t", reason="r", now=minutes(1)
         )

@@ -97,7 +97,14 @@ def test_flipped_reviews_do_not_get_through(
     with writing(engine) as connection:
         prepare(connection)
         queries.register_version(connection, read_manifest(learnt_version).model_dump(), datetime.now(UTC))
-        queries.activate(connection, version="learnt", by="me", reason="test", now=datetime.now(UTC))
+        queries.activate(
+            connection,
+            instead_of=queries.active(connection),
+            version="learnt",
+            by="me",
+            reason="test",
+            now=datetime.now(UTC),
+        )
         queries.record_decisions(connection, [scored(str(n), comments.texts[n]) for n in range(1_000)])
 
     # When honest reviewers judge a hundred of them, Then what comes of it is promoted

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, text
 
 from config.names import LABELS
 from db import policies
+from db.activations import ActiveChanged
 from db.policies import NoSuchPolicy
 from db.queries import record_decisions
 from db.session import reading, writing
@@ -19,7 +20,14 @@ from tests.services import wait_until
 
 def activate(engine: Engine, policy: str, number: int = 0) -> int:
     with writing(engine) as connection:
-        return policies.activate(connection, policy, by="me", reason=f"reason {number}", now=minutes(number))
+        return policies.activate(
+            connection,
+            policy,
+            instead_of=policies.active(connection),
+            by="me",
+            reason=f"reason {number}",
+            now=minutes(number),
+        )
 
 
 def version(policy: str) -> str:
@@ -62,7 +70,6 @@ def test_the_newest_activation_is_the_truth(engine: Engine) -> None:
     # Given a database without any activation
     with reading(engine) as connection:
         assert policies.active(connection) is None
-        assert policies.previous(connection) is None
     # When one policy is activated, then another, then that one again
     for number, policy in enumerate(["one", "two", "two"]):
         activate(engine, policy, number)
@@ -73,27 +80,27 @@ def test_the_newest_activation_is_the_truth(engine: Engine) -> None:
         assert (newest.policy_version, newest.activated_at) == (version("two"), minutes(2))
         assert (newest.activated_by, newest.reason) == ("me", "reason 2")
         assert [each.policy_version for each in older] == [version("two"), version("one")]
-        assert policies.previous(connection) == older[1]
-    # And after going back, the way forth is the way back
-    activate(engine, "one", 3)
-    with reading(engine) as connection:
-        before = policies.previous(connection)
-        assert before is not None
-        assert before.policy_version == version("two")
+        assert policies.rollback_target(connection, to=None, now=NOON) == (newest, version("one"))
 
 
 @pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
-def test_activations_at_the_same_time_are_numbered_as_they_commit(engine: Engine) -> None:
+def test_of_two_activations_at_the_same_time_the_second_is_refused(engine: Engine) -> None:
     waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
     with ThreadPoolExecutor(1) as pool:
         # Given an activation that is not committed yet
         with writing(engine) as connection:
-            first = policies.activate(connection, "one", by="me", reason="first", now=NOON)
+            first = policies.activate(
+                connection, "one", instead_of=policies.active(connection), by="me", reason="first", now=NOON
+            )
             # When somebody else activates another policy
             second = pool.submit(activate, engine, "two")
             # Then that one waits: else it might be seen before this one, whose number is lower
             wait_until(lambda: connection.execute(waiting).scalar_one() == 1, what="a wait for the lock")
-        assert second.result() > first
+        # And is refused, as what it saw was replaced
+        with pytest.raises(ActiveChanged):
+            second.result()
+        with reading(engine) as connection:
+            assert [row.policy_activation_id for row in policies.activations(connection, limit=5)] == [first]
 
 
 def record(engine: Engine, *rows: Any) -> None:

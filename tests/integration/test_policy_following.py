@@ -59,7 +59,9 @@ class Worker:
 def activate(engine: Engine, *texts: str) -> None:
     for text in texts:
         with writing(engine) as connection:
-            policies.activate(connection, text, by="me", reason="test", now=datetime.now(UTC))
+            policies.activate(
+                connection, text, instead_of=policies.active(connection), by="me", reason="test", now=datetime.now(UTC)
+            )
 
 
 def test_without_an_activation_the_file_decides_until_there_is_one(engine: Engine, settings: Settings) -> None:
@@ -93,7 +95,9 @@ def test_a_policy_that_cannot_be_read_leaves_the_old_one(
     assert caplog.text.count("shadow_ban") == 1
     # And a text that is not what was stored decides nothing
     with writing(engine) as connection:
-        policies.activate(connection, OWN, by="me", reason="test", now=datetime.now(UTC))
+        policies.activate(
+            connection, OWN, instead_of=policies.active(connection), by="me", reason="test", now=datetime.now(UTC)
+        )
         connection.exec_driver_sql(f"UPDATE policies SET text = '{MILD}' WHERE text = '{OWN}'")
     worker.look_until(lambda: worker.follower.refusal, "the refusal")
     assert "changed after it was stored" in str(worker.follower.refusal)

@@ -84,7 +84,7 @@ def test_what_anything_needs_stays(
     for name in ("old", *needed, "unwanted"):
         publish(name)
     for name in ("old", "learnt-from", "run", "previous", "active"):
-        activation = client.activate(name, by="me", reason="test")
+        activation = client.activate(name, instead_of=client.active(), by="me", reason="test")
     with writing(client._engine) as connection:
         # And a worker that refused the active one, a training that starts from another, and a trial
         for worker, version, error in (("w1@here", "run", "damaged"), ("w2@here", "active", None)):
@@ -162,7 +162,7 @@ def test_an_activation_waits_until_the_choice_is_carried_out(
         with client.holding_activations() as needed:
             assert needed == {}
             # When another makes a version the active one
-            activating = pool.submit(client.activate, "v2", by="me", reason="test")
+            activating = pool.submit(client.activate, "v2", instead_of=client.active(), by="me", reason="test")
 
             def waits() -> bool:
                 waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from bench.tiny import HOLDOUT, TRAIN, copy_version
 from config.names import LABELS
 from config.settings import Settings, load_settings
-from db import queries
+from db import queries, trials
 from db.queries import ActivationRow, RunRow
 from db.session import reading, writing
 from model.engine import load_scorer
@@ -67,7 +67,9 @@ def active(tiny_version: Path, settings: Settings, engine: Engine) -> Activation
     now = datetime.now(UTC)
     with writing(engine) as connection:
         queries.register_version(connection, manifest, now)
-        queries.activate(connection, version="v1", by="me", reason="test", now=now)
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="me", reason="test", now=now
+        )
     return newest_activation(engine)
 
 
@@ -98,6 +100,11 @@ def registered(engine: Engine) -> list[str]:
 def published(settings: Settings) -> list[str]:
     """Versions on disk, unfinished ones included."""
     return sorted(path.name for path in settings.versions_dir.iterdir())
+
+
+def register(engine: Engine, version: str) -> None:
+    with writing(engine) as connection:
+        queries.register_version(connection, {"version": version, "parent": None}, datetime.now(UTC))
 
 
 def review(engine: Engine, texts: list[str]) -> None:
@@ -282,6 +289,43 @@ def test_a_run_that_is_given_up_meanwhile_activates_nothing(
     assert row.step is None or row.step < 6_400
     assert registered(engine) == published(settings) == ["v1"]
     assert newest_activation(engine) == active
+
+
+def test_a_run_does_not_undo_what_was_activated_while_it_trained(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    # Given a run that somebody rolls back under: what it began from is not active any more when it ends
+    register(engine, "good")
+    request(engine, ANYTHING_PASSES)
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(carry_out, RUN, settings)
+        wait_until(lambda: run(engine).phase == "training", what="the training")
+        with writing(engine) as connection:
+            rolled_back = queries.activate(
+                connection, version="good", instead_of=active, by="ann", reason="v1 is bad", now=datetime.now(UTC)
+            )
+        finished.result()
+    # Then its version is kept, and what was activated stays active
+    row = run(engine)
+    assert (row.state, newest_activation(engine).activation_id) == ("refused", rolled_back)
+    assert row.version in registered(engine)
+    assert row.reason is not None and "good" in row.reason and "ann" in row.reason
+    assert row.metrics is not None and row.metrics["verdict"]["promoted"]
+
+
+def test_a_run_does_not_end_a_trial(engine: Engine, settings: Settings, active: ActivationRow) -> None:
+    register(engine, "v2")
+    with writing(engine) as connection:
+        trials.start_trial(
+            connection, kind="canary", candidate="v2", share=0.1, bounds={}, by="ann", reason="", now=datetime.now(UTC)
+        )
+    request(engine, ANYTHING_PASSES)
+    carry_out(RUN, settings)
+    row = run(engine)
+    assert (row.state, newest_activation(engine)) == ("refused", active)
+    assert row.reason is not None and "v2" in row.reason and "ann" in row.reason
+    with reading(engine) as connection:
+        assert trials.live_trial(connection) is not None
 
 
 def test_a_finished_training_waits_for_a_database_that_is_away(

@@ -98,7 +98,9 @@ def test_what_the_newest_shadow_says(engine: Engine) -> None:
     half: dict[str, Any] = dict.fromkeys(LABELS, 0.5)
     with writing(engine) as connection:
         prepare(connection, "v1", "v2", "v3")
-        queries.activate(connection, version="v1", by="me", reason="first", now=NOON)
+        queries.activate(
+            connection, instead_of=queries.active(connection), version="v1", by="me", reason="first", now=NOON
+        )
         for candidate in ("v2", "v3"):
             trial_id = trials.start_trial(
                 connection, kind="shadow", candidate=candidate, share=1, bounds={}, by="me", reason="", now=NOON

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 from config.settings import ROOT
-from db.queries import activate, add_review, record_decisions
+from db.queries import activate, active, add_review, record_decisions
 from db.session import reading, writing
 from tests.integration.rows import NOON, POLICY, POLICY_VERSION, decide, letter, minutes, prepare, scored
 
@@ -57,8 +57,8 @@ def test_each_question_has_the_answer_that_is_described(engine: Engine, database
     ]  # fmt: skip
     with writing(engine) as connection:
         prepare(connection, "v1", "v2")
-        activate(connection, version="v1", by="ann", reason="first", now=minutes(-60))
-        activate(connection, version="v2", by="trainer", reason="better", now=minutes(1))
+        activate(connection, version="v1", instead_of=None, by="ann", reason="first", now=minutes(-60))
+        activate(connection, version="v2", instead_of=active(connection), by="trainer", reason="better", now=minutes(1))
         record_decisions(connection, rows)
         for submission_id, action in ((EXPLAINED, "remove"), (EXPLAINED, "allow"), ("looked-at", "hide"),
                                       ("hidden", "hide")):  # fmt: skip

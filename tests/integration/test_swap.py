@@ -111,7 +111,14 @@ class Worker:
 
 def activate(engine: Engine, version: str) -> int:
     with writing(engine) as connection:
-        return queries.activate(connection, version=version, by="me", reason="test", now=datetime.now(UTC))
+        return queries.activate(
+            connection,
+            instead_of=queries.active(connection),
+            version=version,
+            by="me",
+            reason="test",
+            now=datetime.now(UTC),
+        )
 
 
 def start_canary(engine: Engine, candidate: str) -> int:

@@ -51,7 +51,9 @@ def start(engine: Engine, kind: Literal["canary", "ab", "shadow"] = "canary", ca
 
 def activate(engine: Engine, version: str, now: datetime = NOW) -> int:
     with writing(engine) as connection:
-        return queries.activate(connection, version=version, by="bob", reason="better", now=now)
+        return queries.activate(
+            connection, instead_of=queries.active(connection), version=version, by="bob", reason="better", now=now
+        )
 
 
 def newest(engine: Engine, kind: Literal["canary", "ab", "shadow"] = "canary") -> TrialRow:
@@ -127,7 +129,9 @@ class TestInTheDatabase:
         start(registered)
         activation = f"version {version} was activated by bob: better"
         with pytest.raises(ZeroDivisionError), writing(registered) as connection:
-            queries.activate(connection, version=version, by="bob", reason="better", now=NOW)
+            queries.activate(
+                connection, instead_of=queries.active(connection), version=version, by="bob", reason="better", now=NOW
+            )
             raise ZeroDivisionError
         assert newest(registered).outcome is None
         activate(registered, version)
@@ -143,7 +147,9 @@ class TestInTheDatabase:
         # When a trial is started while an activation is not committed yet
         started: list[TrialRow] = []
         with writing(engine) as connection:
-            queries.activate(connection, version="v3", by="bob", reason="better", now=NOW)
+            queries.activate(
+                connection, instead_of=queries.active(connection), version="v3", by="bob", reason="better", now=NOW
+            )
             starting = threading.Thread(target=lambda: started.append(start(engine)))
             starting.start()
             waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
