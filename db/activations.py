@@ -3,15 +3,16 @@
 Like `db.queries`: functions take a connection and never commit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from config.names import ACTIVATION_LOCK
 from db.session import DatabaseProblem
+from db.tables import Activation, Decision, PolicyActivation
 
 
 class ActiveChanged(DatabaseProblem):
@@ -52,6 +53,20 @@ def hold_activations(connection: Connection) -> None:
     """Until this transaction ends, nobody else activates a version or a policy, or starts a trial."""
     if connection.dialect.name == "postgresql":  # on SQLite a writer is alone
         connection.execute(select(func.pg_advisory_xact_lock(ACTIVATION_LOCK)))
+
+
+NEWEST_POSITION = (
+    select(func.coalesce(func.max(Decision.position), 0)).where(Decision.position.is_not(None)).scalar_subquery()
+)
+"""Of a decision: stands in rows that say between which decisions something happened."""
+
+
+def came_before(table: type[Activation | PolicyActivation], decision: Mapping[str, Any]) -> ColumnElement[bool]:
+    """Whether an activation was there when this row of `decisions` was made."""
+    by_time = table.activated_at <= decision["decided_at"]
+    if decision["position"] is None:  # of a release that had none
+        return by_time
+    return case((table.after_position.is_(None), by_time), else_=table.after_position < decision["position"])
 
 
 def require_unchanged(seen: Row | None, newest: Row | None, now: datetime) -> None:

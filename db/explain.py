@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from db import dead_letters
+from db.activations import came_before
 from db.dead_letters import DeadLetterRow
 from db.policies import PolicyActivationRow
 from db.queries import ActivationRow, VersionRow, version
@@ -26,7 +27,7 @@ from db.tables import (
     Trial,
     TrialScore,
 )
-from db.trials import TrialRow
+from db.trials import TrialRow, decided_in
 
 Row = Mapping[str, Any]
 
@@ -101,18 +102,12 @@ _WITHOUT_DECISION: dict[str, Any] = dict.fromkeys(
 
 def _of_decision(connection: Connection, decision: Row) -> dict[str, Any]:
     policy_version, model_version = decision["policy_version"], decision["model_version"]
-    decided_at: datetime = decision["decided_at"]
     policy = select(Policy).where(Policy.policy_version == policy_version)
     of_policy = select(PolicyActivation).where(
-        PolicyActivation.policy_version == policy_version, PolicyActivation.activated_at <= decided_at
+        PolicyActivation.policy_version == policy_version, came_before(PolicyActivation, decision)
     )
-    of_version = select(Activation).where(Activation.version == model_version, Activation.activated_at <= decided_at)
-    trial = select(Trial).where(
-        Trial.version == model_version,
-        Trial.kind != "shadow",
-        Trial.started_at <= decided_at,
-        Trial.ended_at.is_(None) | (Trial.ended_at >= decided_at),
-    )
+    of_version = select(Activation).where(Activation.version == model_version, came_before(Activation, decision))
+    trial = select(Trial).where(Trial.version == model_version, Trial.kind != "shadow", decided_in(decision))
     newest_of_policy = of_policy.order_by(PolicyActivation.policy_activation_id.desc()).limit(1)
     newest_of_version = of_version.order_by(Activation.activation_id.desc()).limit(1)
     return {

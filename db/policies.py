@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, exists, func, select
 
 from config.names import LABELS
-from db.activations import choose_return, hold_activations, require_unchanged, way_back
+from db.activations import NEWEST_POSITION, choose_return, hold_activations, require_unchanged, way_back
 from db.rows import chunks, every, insert_if_absent, insert_one
 from db.session import DatabaseProblem
 from db.tables import Decision, Policy, PolicyActivation, Submission
@@ -79,6 +79,7 @@ class PolicyActivationRow:
     activated_at: datetime
     activated_by: str
     reason: str
+    after_position: int | None
 
     @property
     def activated(self) -> str:
@@ -116,7 +117,13 @@ def activate(
 
 
 def _insert(connection: Connection, version: str | None, *, by: str, reason: str, now: datetime) -> int:
-    row = {"policy_version": version, "activated_at": now, "activated_by": by, "reason": reason}
+    row = {
+        "policy_version": version,
+        "activated_at": now,
+        "activated_by": by,
+        "reason": reason,
+        "after_position": NEWEST_POSITION,
+    }
     return insert_one(connection, PolicyActivation, row)
 
 

@@ -29,7 +29,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import aliased
 
 from config.names import LABELS
-from db.activations import choose_return, hold_activations, require_unchanged, way_back
+from db.activations import NEWEST_POSITION, choose_return, hold_activations, require_unchanged, way_back
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
 from db.rows import WithScores, chunks, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
@@ -507,6 +507,7 @@ class ActivationRow:
     activated_at: datetime
     activated_by: str
     reason: str
+    after_position: int | None
 
     @property
     def activated(self) -> str:
@@ -546,7 +547,13 @@ def activate(
         verdict=f"version {version} was activated by {by}: {reason}",
         now=now,
     )
-    row = {"version": version, "activated_at": now, "activated_by": by, "reason": reason}
+    row = {
+        "version": version,
+        "activated_at": now,
+        "activated_by": by,
+        "reason": reason,
+        "after_position": NEWEST_POSITION,
+    }
     return insert_one(connection, Activation, row)
 
 
@@ -592,7 +599,8 @@ def end_live_trial(
 ) -> bool:
     """End the live trial if it is `which`; whether it was."""
     end = update(Trial).where(Trial.outcome.is_(None), which)
-    ended = connection.execute(end.values(outcome=outcome, ended_at=now, ended_by=by, verdict=verdict))
+    how = {"outcome": outcome, "ended_by": by, "verdict": verdict}
+    ended = connection.execute(end.values(ended_at=now, until_position=NEWEST_POSITION, **how))
     return ended.rowcount == 1
 
 

@@ -206,6 +206,9 @@ class PolicyActivation(Base):
     activated_at: Mapped[datetime]
     activated_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     reason: Mapped[str] = mapped_column(Text)
+    after_position: Mapped[int | None] = mapped_column(BigInteger)
+    """The highest position of a decision when it was written: times are of the database's clock, decisions' of Redis'.
+    Null in rows of older releases."""
 
 
 class ModelVersion(Base):
@@ -231,6 +234,9 @@ class Activation(Base):
     activated_at: Mapped[datetime]
     activated_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     reason: Mapped[str] = mapped_column(Text)
+    after_position: Mapped[int | None] = mapped_column(BigInteger)
+    """The highest position of a decision when it was written: times are of the database's clock, decisions' of Redis'.
+    Null in rows of older releases."""
 
 
 class VersionLoad(Base):
@@ -339,6 +345,10 @@ class Trial(Base):
     ended_by: Mapped[str | None] = mapped_column(String(MAX_ID_CHARS))
     verdict: Mapped[str | None] = mapped_column(Text)
     """Why it ended, with the figures that said so."""
+    after_position: Mapped[int | None] = mapped_column(BigInteger)
+    """The highest position of a decision when it began, as in `activations`; null in rows of older releases."""
+    until_position: Mapped[int | None] = mapped_column(BigInteger)
+    """The same when it ended. What was decided while it ran has a position between the two."""
 
 
 class TrialScore(Base):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
 from config.names import LABELS, Action
-from db.activations import hold_activations
+from db.activations import NEWEST_POSITION, hold_activations
 from db.queries import NoSuchVersion, activate, active, end_live_trial, version
 from db.rows import every, first, insert_if_absent, insert_one
 from db.session import DatabaseProblem
@@ -50,6 +50,8 @@ class TrialRow:
     ended_at: datetime | None
     ended_by: str | None
     verdict: str | None
+    after_position: int | None
+    until_position: int | None
 
 
 def start_trial(
@@ -97,6 +99,7 @@ def start_trial(
         "started_at": now,
         "started_by": by,
         "reason": reason,
+        "after_position": NEWEST_POSITION,
     }
     return insert_one(connection, Trial, row)
 
@@ -215,27 +218,54 @@ def sides(connection: Connection, trial: TrialRow) -> tuple[Side, Side]:
     sums = [column for label in LABELS for column in (func.sum(scores[label]), func.sum(scores[label] * scores[label]))]
     statement = (
         select(Decision.model_version, Decision.action, func.count(), *sums)
-        .where(*_decided_during(trial))
+        .where(*_decided_by_either(trial))
         .group_by(Decision.model_version, Decision.action)
     )
     by_version: dict[str, list[Any]] = {}
     for row in connection.execute(statement):
         by_version.setdefault(row[0], []).append(row)
-    errors = select(func.count()).where(TrialScore.trial_id == trial.trial_id, TrialScore.error.is_not(None))
+    # Over the same decisions: the other version decided what the candidate failed to score.
+    errors = (
+        select(func.count())
+        .join_from(TrialScore, Decision, Decision.submission_id == TrialScore.submission_id)
+        .where(TrialScore.trial_id == trial.trial_id, TrialScore.error.is_not(None), *_decided_during(trial))
+    )
     return (
         _side(trial.version, by_version.get(trial.version, []), connection.scalar(errors) or 0),
         _side(trial.baseline, by_version.get(trial.baseline, []), 0),
     )
 
 
+def _decided_by_either(trial: TrialRow) -> list[ColumnElement[bool]]:
+    return [Decision.model_version.in_((trial.version, trial.baseline)), *_decided_during(trial)]
+
+
 def _decided_during(trial: TrialRow) -> list[ColumnElement[bool]]:
-    during = [
-        Decision.model_version.in_((trial.version, trial.baseline)),
-        Decision.decided_at >= trial.started_at,
-    ]
-    if trial.ended_at is not None:
-        during.append(Decision.decided_at < trial.ended_at)
-    return during
+    """By positions, as the clocks of the database and of Redis may differ; by times what older releases wrote."""
+    begun = (
+        Decision.decided_at >= trial.started_at
+        if trial.after_position is None
+        else Decision.position > trial.after_position
+    )
+    if trial.ended_at is None:
+        return [begun]
+    ended = (
+        Decision.decided_at < trial.ended_at
+        if trial.until_position is None
+        else Decision.position <= trial.until_position
+    )
+    return [begun, ended]
+
+
+def decided_in(decision: Mapping[str, Any]) -> ColumnElement[bool]:
+    """Whether a trial ran when this row of `decisions` was made: the same the other way round."""
+    at, position = decision["decided_at"], decision["position"]
+    begun, ended = Trial.started_at <= at, Trial.ended_at.is_(None) | (Trial.ended_at > at)
+    if position is None:  # of a release that had none
+        return begun & ended
+    return case((Trial.after_position.is_(None), begun), else_=Trial.after_position < position) & case(
+        (Trial.until_position.is_(None), ended), else_=Trial.until_position >= position
+    )
 
 
 def _side(name: str, by_action: Sequence[Any], errors: int) -> Side:
@@ -280,7 +310,7 @@ def reviewed_sides(connection: Connection, trial: TrialRow) -> tuple[ReviewedSid
         select(Decision.model_version, func.count(), overturned)
         .join(Review, Review.submission_id == Decision.submission_id)
         .join(newest, newest.c.review_id == Review.review_id)
-        .where(*_decided_during(trial))
+        .where(*_decided_by_either(trial))
         .group_by(Decision.model_version)
     )
     counts = {row[0]: (int(row[1]), int(row[2])) for row in connection.execute(reviewed)}

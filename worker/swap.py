@@ -14,13 +14,13 @@ from config.names import FORMER_STARTERS, STARTER_VERSION
 from config.settings import ROOT, Settings
 from db import queries, trials
 from db.activations import hold_activations
+from db.durable import database_time
 from db.queries import ActivationRow
 from db.session import reading, writing
 from db.trials import TrialRow
 from model.engine import Scorer, load_scorer
 from model.tuning import tuned
 from model.version import STARTER_DIRECTORY, VersionError, read_manifest, version_directory
-from worker import clock
 from worker.trial import LiveTrial
 from worker.watch import Watch
 
@@ -166,7 +166,7 @@ class VersionFollower:
                     outcome="rolled_back",
                     by=self._worker,
                     verdict=verdict,
-                    now=clock.now(),
+                    now=database_time(connection),
                 )
             return
         logger.info(
@@ -230,7 +230,7 @@ class VersionFollower:
                 worker=self._worker,
                 version=self._running,
                 error=error,
-                now=clock.now(),
+                now=database_time(connection),
             )
         self._recorded = activation, error
 
@@ -244,8 +244,8 @@ class VersionFollower:
     def _activate_starter(self, instead_of: str | None, reason: str) -> ActivationRow:
         """Make the starter active where this version, or none, still is; what is active then is returned."""
         manifest = read_manifest(STARTER_DIRECTORY).model_dump()
-        now = clock.now()
         with writing(self._database) as connection:
+            now = database_time(connection)
             queries.register_version(connection, manifest, now)
             hold_activations(connection)
             # Another worker may have come first while this one waited for the lock.

@@ -8,11 +8,10 @@ from sqlalchemy import Engine
 
 from config.settings import TrialSettings
 from db import trials
-from db.durable import take_sweep_lock
+from db.durable import database_time, take_sweep_lock
 from db.session import reading, writing
 from model.engine import Scorer
 from model.trial import chooses, judge
-from worker import clock
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,6 @@ def judge_canary(database: Engine, by: str) -> str | None:
             outcome="rolled_back",
             by=by,
             verdict=judgement.reason,
-            now=clock.now(),
+            now=database_time(connection),
         )
     return judgement.reason if ended else None

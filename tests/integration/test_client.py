@@ -13,9 +13,10 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import RFC_4122, UUID
 
 import pytest
@@ -43,10 +44,12 @@ from api_client.publishing import ask, new_task_id, push
 from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, MODERATE_QUEUES, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.settings import ROOT, SettingsError, settings
 from db import queries
-from db.durable import overdue
+from db.durable import database_time, overdue
 from db.migrate import SchemaMismatch
+from db.privacy import Subject
 from db.queries import NoSuchDecision, NoSuchVersion
 from db.session import DatabaseProblem, open_database, reading, sqlite_file, writing
+from db.tables import Base, UtcDateTime
 from tests.integration.rows import NOON, POLICY_VERSION, decide, letter, minutes, scored
 from tests.services import locks_waited_for, wait_until
 
@@ -876,6 +879,61 @@ class TestVersions:
             client.activate("v1", instead_of=client.active(), by="ada", reason="first")
             active = client.active()
         assert active is not None and active.version == "v1"
+
+
+OUR_MODULES = ("api_client", "config", "db")
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=-10), timedelta(minutes=10)])
+def test_what_operators_write_is_stamped_by_the_databases_clock(
+    client: ModerationClient, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
+) -> None:
+    class WrongClock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + ahead
+
+    def columns() -> Iterator[tuple[str, datetime]]:
+        with reading(engine) as connection:
+            for table in Base.metadata.sorted_tables:
+                for column in table.c:
+                    if isinstance(column.type, UtcDateTime):
+                        values = connection.scalars(table.select().with_only_columns(column).where(column.is_not(None)))
+                        yield from ((str(column), value) for value in values if value != NOON)
+
+    # Given an operator whose machine's clock is wrong
+    decide(database_url, scored("1", author="ann"), scored("2"))
+    for name, module in sys.modules.items():
+        if name.partition(".")[0] in OUR_MODULES and getattr(module, "datetime", None) is datetime:
+            monkeypatch.setattr(module, "datetime", WrongClock)
+    with reading(engine) as connection:
+        before = database_time(connection)
+    # When they do all that there is to do
+    client.register({"version": "v3", "parent": None})
+    for version in ("v1", "v2"):
+        client.activate(version, instead_of=client.active(), by="bob", reason="better")
+    client.rollback(instead_of=client.active(), by="bob")
+    client.activate_policy(MILD, instead_of=None, by="bob", reason="milder")
+    client.rollback_policy(instead_of=client.active_policy(), by="bob")
+    client.stop_trial(client.start_trial("canary", "v2", share=0.1, by="bob", reason="see"), by="bob", reason="seen")
+    client.promote_trial(client.start_trial("ab", "v3", share=0.1, by="bob", reason="see"), by="bob", reason="good")
+    client.retrain(requested_by="bob")
+    client.review("1", action="hide", reviewer="bob")
+    client.erase(Subject("author", "ann"), by="bob")
+    # Then every time that was written lies between two looks at the database's clock
+    with reading(engine) as connection:
+        after = database_time(connection)
+    written = dict(columns())
+    assert {name for name, time in written.items() if not before <= time <= after} == set()
+    assert written.keys() >= {
+        "activations.activated_at",
+        "erasures.erased_at",
+        "policy_activations.activated_at",
+        "reviews.reviewed_at",
+        "training_runs.requested_at",
+        "trials.ended_at",
+        "trials.started_at",
+    }
 
 
 class TestStatus:

@@ -13,6 +13,7 @@ from api_client.client import ModerationClient
 from bench.tiny import copy_version
 from config.names import LABELS
 from db import queries, trials
+from db.activations import NEWEST_POSITION
 from db.durable import record_pending
 from db.privacy import Subject
 from db.session import writing
@@ -40,7 +41,7 @@ def test_an_explanation_holds_all_that_is_known(client: ModerationClient, engine
     # Given a decision by an activated version and policy, in an A/B test, with two reviews and a shadow's opinion
     row = scored(
         "1", community="news", comment_id="42", author="ann", toxic=0.95, action="hide", fired_label="toxic",
-        fired_threshold=0.9, windows=3, decided_at=minutes(10),
+        fired_threshold=0.9, windows=3, decided_at=minutes(-10),
     )  # fmt: skip
     with writing(engine) as connection:
         prepare(connection, "v2")
@@ -53,9 +54,11 @@ def test_an_explanation_holds_all_that_is_known(client: ModerationClient, engine
             )
             activation = {
                 "policy_version": POLICY_VERSION, "activated_at": minutes(at), "activated_by": by, "reason": "milder",
+                "after_position": NEWEST_POSITION,
             }  # fmt: skip
             connection.execute(insert(PolicyActivation).values(activation))
-        queries.record_decisions(connection, [row])
+            if by == "in force":  # by its place, whatever the clocks say
+                queries.record_decisions(connection, [row])
         for number, action in enumerate(("remove", "allow"), start=1):
             queries.add_review(
                 connection, submission_id="1", action=action, labels={"toxic": number == 1}, reviewer=f"mod{number}",
@@ -105,11 +108,11 @@ def test_a_decision_in_a_trial_names_the_trial(client: ModerationClient, engine:
         queries.activate(
             connection, instead_of=queries.active(connection), version="v1", by="t", reason="first", now=minutes(0)
         )
+        queries.record_decisions(connection, [scored("before", model_version="v2", decided_at=minutes(2))])
         trials.start_trial(
             connection, kind="canary", candidate="v2", share=0.1, bounds={}, by="t", reason="r", now=minutes(1)
         )
-        rows = [scored("before", model_version="v2"), scored("within", model_version="v2", decided_at=minutes(2))]
-        queries.record_decisions(connection, rows)
+        queries.record_decisions(connection, [scored("within", model_version="v2")])
     explained = client.explain("within")
     assert explained and explained["way"]["trial"] == {"trial_id": 1, "kind": "canary", "share": 0.1, "baseline": "v1"}
     assert explained["version"]["activation"] is None

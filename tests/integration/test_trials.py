@@ -23,7 +23,7 @@ from model.engine import Scorer, Scores, load_scorer
 from model.policy import parse_policy
 from model.trial import chooses
 from tests.integration.moderator import POLICY, Moderator, wrapped
-from tests.integration.rows import minutes, prepare, scored
+from tests.integration.rows import NOON, minutes, prepare, scored
 from tests.integration.test_pipeline import CountingEncoder
 from tests.services import wait_until
 from trainer.dataset import read_csv
@@ -33,7 +33,12 @@ NOW = minutes(4)
 BOUNDS = load_settings({}).trial.model_dump()
 
 
-def start(engine: Engine, kind: Literal["canary", "ab", "shadow"] = "canary", candidate: str = "v2") -> TrialRow:
+def start(
+    engine: Engine,
+    kind: Literal["canary", "ab", "shadow"] = "canary",
+    candidate: str = "v2",
+    now: datetime = NOON,
+) -> TrialRow:
     """A trial since noon of `candidate` beside what is active."""
     with writing(engine) as connection:
         trials.start_trial(
@@ -44,7 +49,7 @@ def start(engine: Engine, kind: Literal["canary", "ab", "shadow"] = "canary", ca
             bounds=BOUNDS,
             by="ada",
             reason="to see",
-            now=minutes(0),
+            now=now,
         )
         return trials.newest_trial(connection, kind)
 
@@ -159,18 +164,22 @@ class TestInTheDatabase:
         assert [trial.baseline for trial in started] == ["v3"]
         engine.dispose()
 
-    def test_both_sides_in_figures(self, registered: Engine) -> None:
-        # Given decisions of both versions, some before the trial, by a third one, and after it
+    @pytest.mark.parametrize("ahead_minutes", [-10, 10])
+    def test_both_sides_in_figures(self, registered: Engine, ahead_minutes: int) -> None:
+        # Given a database whose clock is not Redis', by which comments are decided
+        at = minutes(ahead_minutes)
+        # And decisions of both versions, one before the trial, one by a third version, and one after it
         rows = [
-            scored("early", model_version="v2", decided_at=minutes(-1), toxic=1.0),
-            scored("c1", model_version="v2", decided_at=minutes(1), toxic=0.2),
-            scored("c2", model_version="v2", decided_at=minutes(2), toxic=0.6, action="hide"),
-            scored("c3", model_version="v2", decided_at=minutes(2), toxic=0.7, action="remove"),
-            scored("b1", model_version="v1", decided_at=minutes(3), toxic=0.3),
-            scored("x1", model_version="v3", decided_at=minutes(3), toxic=0.9),
-            scored("late", model_version="v1", decided_at=minutes(8), toxic=0.9),
+            scored("c1", model_version="v2", toxic=0.2),
+            scored("c2", model_version="v2", toxic=0.6, action="hide"),
+            scored("c3", model_version="v2", toxic=0.7, action="remove"),
+            scored("b1", model_version="v1", toxic=0.3),
+            scored("b2", model_version="v1", toxic=0.9),
+            scored("x1", model_version="v3", toxic=0.9),
         ]
-        trial = start(registered)
+        with writing(registered) as connection:
+            record_decisions(connection, [scored("early", model_version="v2", toxic=1.0)])
+        trial = start(registered, now=at)
         with writing(registered) as connection:
             record_decisions(connection, rows)
             error = TrialScoreRow(trial_id=trial.trial_id, submission_id="b1", error="RuntimeError", scored_at=NOW)
@@ -184,10 +193,15 @@ class TestInTheDatabase:
         assert candidate.variances["toxic"] == pytest.approx((0.3**2 + 0.1**2 + 0.2**2) / 3)
         assert candidate.variances["insult"] == pytest.approx(0, abs=1e-9)
         assert (baseline.decisions, baseline.errors, baseline.means["toxic"]) == (2, 0, pytest.approx(0.6))
-        # And of one that is over, until its end
-        activate(registered, "v3", minutes(5))
+        # And of one that is over, until its end; errors too
+        activate(registered, "v3", at)
+        with writing(registered) as connection:
+            record_decisions(connection, [scored("late", model_version="v1")])
+            late = TrialScoreRow(trial_id=trial.trial_id, submission_id="late", error="RuntimeError", scored_at=NOW)
+            record_trial_scores(connection, [late])
         with reading(registered) as connection:
-            assert trials.sides(connection, newest(registered))[1].decisions == 1
+            candidate, baseline = trials.sides(connection, newest(registered))
+            assert (candidate.errors, baseline.decisions) == (1, 2)
         # And reviews are counted for the version that decided, the newest one of each
         with writing(registered) as connection:
             for submission, action in (("c1", "hide"), ("c1", "allow"), ("c2", "allow"), ("b1", "allow")):
@@ -196,7 +210,7 @@ class TestInTheDatabase:
                 )
             of_candidate, of_baseline = trials.reviewed_sides(connection, newest(registered))
         assert (of_candidate.decisions, of_candidate.reviewed, of_candidate.overturned) == (3, 2, 1)
-        assert (of_baseline.decisions, of_baseline.reviewed, of_baseline.overturned) == (1, 1, 0)
+        assert (of_baseline.decisions, of_baseline.reviewed, of_baseline.overturned) == (2, 1, 0)
 
     def test_a_shadow_beside_the_decisions(self, registered: Engine) -> None:
         trial = start(registered, "shadow")

@@ -1,6 +1,7 @@
 """The way back: what a rollback activates, from the history alone."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
 def row(number: int, version: str) -> ActivationRow:
-    return ActivationRow(activation_id=number, version=version, activated_at=NOON, activated_by="ann", reason="why")
+    said: dict[str, Any] = {"activated_at": NOON, "activated_by": "ann", "reason": "why", "after_position": None}
+    return ActivationRow(activation_id=number, version=version, **said)
 
 
 @pytest.mark.parametrize(
