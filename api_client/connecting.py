@@ -13,14 +13,13 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
+from config.broker import transport_options
 from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, SettingsError, settings, without_password
 from config.urls import check_broker_url, parse_database_url
 from db.session import DatabaseProblem, lacks_file, open_database, reading, sqlite_file, without_rows, writing
 
-CONNECT_TIMEOUT_S = 3
-SOCKET_TIMEOUT_S = 15
 MAX_CONNECTIONS = 10
 RESEND_PAUSES_S = (0.2, 1.0)
 """Before each further attempt to send. The same message twice is one submission: its task id stays."""
@@ -30,18 +29,6 @@ Answer = TypeVar("Answer")
 
 class BrokerUnavailable(Exception):
     """Redis did not take or answer something; the message names its URL without the password."""
-
-
-def transport_options(broker_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Celery's `broker_transport_options`, with those that the settings or a producer give."""
-    return {
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        # Of the first connection: by default kombu tries for ever.
-        "max_retries": 1,
-        "interval_start": 0.1,
-        **broker_options,
-    }
 
 
 def connect(settings: Settings) -> BrokerConnection:

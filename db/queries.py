@@ -718,6 +718,11 @@ def request_run(
     connection.execute(insert_if_absent(connection, TrainingRun), row)
 
 
+def requested_runs(connection: Connection) -> set[str]:
+    """The ids of the runs that no trainer has claimed yet."""
+    return set(connection.scalars(select(TrainingRun.run_id).where(TrainingRun.state == "requested")))
+
+
 def claim_run(connection: Connection, run_id: str, now: datetime) -> bool:
     """Turn a requested run into a running one. True for the one caller that did; false for every other."""
     requested = TrainingRun.run_id == run_id, TrainingRun.state == "requested"

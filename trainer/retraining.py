@@ -16,6 +16,7 @@ from typing import TypeVar
 from celery import Celery
 from sqlalchemy import Connection, Engine
 
+from config.broker import transport_options
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, trainer_settings
 from db import queries, reviews, trials
@@ -89,7 +90,7 @@ def carry_out(run_id: str, settings: Settings) -> None:
         heartbeat.join()
         database.dispose()
     if promoted:
-        _tell_workers(settings.broker_url)
+        _tell_workers(settings)
 
 
 def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
@@ -270,11 +271,14 @@ def _show_life(database: Engine, run_id: str, stopped: threading.Event) -> None:
                 logger.warning("run %s: heartbeats are written again", run_id)
 
 
-def _tell_workers(broker_url: str) -> None:
+def _tell_workers(settings: Settings) -> None:
     """The activation's row is the truth and workers look at it by themselves; this only makes it sooner."""
     try:
-        with Celery(broker=broker_url, set_as_current=False) as app:
-            app.conf.control_exchange = WORKER_CONTROL_EXCHANGE
+        with Celery(broker=settings.broker_url, set_as_current=False) as app:
+            app.conf.update(
+                control_exchange=WORKER_CONTROL_EXCHANGE,
+                broker_transport_options=transport_options(settings.broker_options.for_celery()),
+            )
             app.control.broadcast(ACTIVATION_CHANGED)
     except Exception as error:
         logger.info("workers were not told at once (%s); they will see the activation by themselves", error)

@@ -52,7 +52,7 @@ def _record_lost_run(exception: BaseException | None = None, args: tuple[Any, ..
 
 
 class RunWatch(bootsteps.StartStopStep):
-    """Fails runs that stopped without a word, and asks again for those whose message was lost."""
+    """Fails runs whose process stopped, and sends the message of each requested run whose own was lost."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
@@ -60,7 +60,9 @@ class RunWatch(bootsteps.StartStopStep):
         super().__init__(consumer, **kwargs)
         self._timer: Any = None
         self._outage = Outage()
-        self._asked = False
+        self._is_schema_known = False
+        self._asked: set[str] = set()
+        """The requested runs whose message this process has sent once more since it connected."""
         self._heard: dict[str, tuple[datetime | None, float]] = {}
         """Of each running run the last sign of life, and when it was first seen by the monotonic clock."""
         metrics = settings().metrics
@@ -72,7 +74,7 @@ class RunWatch(bootsteps.StartStopStep):
         )
 
     def start(self, consumer: Any) -> None:
-        self._asked = False
+        self._asked, self._is_schema_known = set(), False
         self._watch()
         # On the event loop rather than a thread: a child forked while a thread held a lock would wait for it forever.
         self._timer = consumer.timer.call_repeatedly(WATCH_S, self._watch)
@@ -87,10 +89,10 @@ class RunWatch(bootsteps.StartStopStep):
     def _watch(self) -> None:
         try:
             with _database() as database:
-                if not self._asked:
+                if not self._is_schema_known:
                     require_current(database)
-                    _ask_again(database)
-                    self._asked = True
+                    self._is_schema_known = True
+                self._asked |= _ask_again(database, self._asked)
                 self._fail_silent_runs(database)
                 with reading(database) as connection:
                     monitor.note(look(connection, self._longest_silence_s()))
@@ -144,9 +146,14 @@ def _database() -> Iterator[Engine]:
         engine.dispose()
 
 
-def _ask_again(database: Engine) -> None:
-    """A message taken by a trainer that was then killed may be gone. A run asked for twice is claimed once."""
+def _ask_again(database: Engine, asked: set[str]) -> set[str]:
+    """Send the message of each run that is requested and was not asked for yet; which those are.
+
+    The client may have died between the row and the message, or a trainer with the message. A run that is asked for
+    twice is claimed once. Once for each connection is enough: Redis loses messages only when it restarts.
+    """
     with reading(database) as connection:
-        waiting = [run.run_id for run in queries.runs(connection, limit=100) if run.state == "requested"]
+        waiting = queries.requested_runs(connection) - asked
     for run_id in waiting:
         app.send_task(RETRAIN_TASK, [run_id], queue=RETRAIN_QUEUE)
+    return waiting

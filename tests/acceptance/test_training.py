@@ -5,6 +5,9 @@ import signal
 
 import pytest
 
+from db import queries
+from db.durable import database_time
+from db.session import writing
 from tests.acceptance.system import System
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
@@ -49,14 +52,16 @@ def test_a_trainer_killed_with_its_training_fails_the_run_when_it_is_back(system
 
     # When the trainer and its training are killed
     trainer.kill()
-    # And another run is asked for
-    following_id = system.client.retrain(requested_by="the test")
     system.start_trainer("tests.acceptance.impatient_trainer")
 
-    # Then the new trainer gives up the first, which changed nothing, and carries out the second
+    # Then the new trainer gives up the run, which changed nothing
     run = system.wait_until_finished(run_id)
     assert (run.state, run.reason) == ("failed", "the training process stopped without a word")
-    following = system.wait_until_finished(following_id)
+    # And it carries out a run whose client died before it had sent the message
+    with writing(system.database) as connection:
+        now = database_time(connection)
+        queries.request_run(connection, run_id="untold", requested_by="the test", overrides={}, now=now)
+    following = system.wait_until_finished("untold")
     assert following.state == "promoted", following.reason
     assert [activation.version for activation in system.client.activations()] == [following.version, "v1"]
 

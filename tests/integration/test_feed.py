@@ -364,7 +364,7 @@ class TestWaitingForOneDecision:
     def test_a_redis_that_stands_still_keeps_nobody_for_long(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("api_client.connecting.SOCKET_TIMEOUT_S", 600)
+        monkeypatch.setattr("config.broker.SOCKET_TIMEOUT_S", 600)
         monkeypatch.setattr("api_client.listening.PROMPT_TIMEOUT_S", 0.1)
         # Given a Redis that takes connections, and says nothing
         with (

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 from sqlalchemy import Engine
 
 from bench.tiny import HOLDOUT, TRAIN, copy_version
-from config.names import LABELS
+from config.names import LABELS, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, load_settings
 from db import queries, trials
 from db.queries import ActivationRow, RunRow
@@ -21,7 +22,7 @@ from tests.integration.outage import outage
 from tests.integration.rows import prepare, scored
 from tests.services import wait_until
 from trainer.dataset import read_csv
-from trainer.retraining import carry_out
+from trainer.retraining import _tell_workers, carry_out
 
 ANYTHING_PASSES = {
     "max_label_auc_drop": 1.0,
@@ -177,6 +178,25 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     assert published(settings) == sorted(["v1", row.version])
     # And the workers were told
     assert "workers were not told" not in caplog.text
+
+
+def test_workers_behind_a_key_prefix_are_told(redis_url: str, sqlite_url: str) -> None:
+    environment = {"MODERATO_BROKER_URL": redis_url, "MODERATO_DATABASE_URL": sqlite_url}
+    settings = load_settings(environment | {"MODERATO_BROKER_OPTIONS__GLOBAL_KEYPREFIX": "team:"})
+    with Redis(unix_socket_path=redis_url.removeprefix("redis+socket://")) as redis, redis.pubsub() as heard:
+        heard.psubscribe("*")
+        heard.get_message(timeout=60)  # the subscription itself
+        _tell_workers(settings)
+        message = heard.get_message(timeout=60)
+    assert message is not None and message["channel"].startswith(b"team:")
+    assert WORKER_CONTROL_EXCHANGE.encode() in message["channel"]
+
+
+def test_a_broker_that_is_away_does_not_hold_up_the_trainer(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    environment = {"MODERATO_BROKER_URL": "redis://127.0.0.1:1/0", "MODERATO_DATABASE_URL": sqlite_url}
+    _tell_workers(load_settings(environment))
+    assert "trainer.retraining" in {record.name for record in caplog.records}
 
 
 def test_a_version_that_the_gate_refuses_is_kept_but_not_activated(
