@@ -370,7 +370,8 @@ class TestFollowing:
         with writing(engine) as connection:
             connection.exec_driver_sql("DELETE FROM version_loads")
             connection.exec_driver_sql("DELETE FROM activations")
-            again = queries.activate(connection, version="v2", by="me", reason="test", now=datetime.now(UTC))
+            now = datetime.now(UTC)
+            again = queries.activate(connection, version="v2", instead_of=None, by="me", reason="test", now=now)
         assert worker.word(again).version == "v2"
         assert worker.versions == ["v1", "v2"]
 
