@@ -9,7 +9,8 @@ from uuid import uuid4
 from sqlalchemy import Connection
 
 from api_client.connecting import BrokerUnavailable, Connections
-from config.names import MAX_POLICY_BYTES, RETRAIN_QUEUE, RETRAIN_TASK
+from config.names import RETRAIN_QUEUE, RETRAIN_TASK
+from config.policy import parse_policy
 from config.settings import settings, trainer_settings
 from db import policies, pruning, queries, trials
 from db.activations import hold_activations
@@ -221,9 +222,6 @@ class Operator(Connections):
     ) -> int:
         """Store a policy and make it the active one; workers decide by it within seconds.
 
-        What the text means is not looked at here: `moderato policy activate` does, and so does each worker, which goes
-        on by the policy that it has where it cannot read this one.
-
         Args:
             instead_of: what is to be replaced, as `active_policy` gave it; None where there was none.
 
@@ -232,10 +230,9 @@ class Operator(Connections):
 
         Raises:
             ActiveChanged: another policy was activated after `instead_of`.
-            ValueError: the text is longer than a policy may be.
+            PolicyError: the text is no policy; the message names the place and the value.
         """
-        if (size := len(text.encode())) > MAX_POLICY_BYTES:
-            raise ValueError(f"the policy has {size:,} bytes; at most {MAX_POLICY_BYTES:,} are allowed")
+        parse_policy(text)  # or every worker would refuse it, and the next one to start would decide by an older one
         with self._holding_activations() as connection:
             activation_id = policies.activate(
                 connection, text, instead_of=instead_of, by=by, reason=reason, now=database_time(connection)

@@ -360,8 +360,8 @@ def _refusals(client: "ModerationClient", activation_id: int) -> Iterator[Findin
 
 def check_policy(settings: Settings) -> Iterator[Finding]:
     """Whether the policy file, and the policy that is active, can be read."""
+    from config.policy import PolicyError, parse_policy
     from db.session import DatabaseProblem
-    from model.policy import PolicyError, parse_policy
 
     no_start = "mend it: a worker does not start with it"
     try:
@@ -389,7 +389,7 @@ def check_policy(settings: Settings) -> Iterator[Finding]:
 
 def _check_policy_file(settings: Settings, level: Level, advice: str) -> Finding:
     """Of that level, with that advice, where it cannot be used."""
-    from model.policy import PolicyError, read_policy
+    from config.policy import PolicyError, read_policy
 
     try:
         version = read_policy(settings.policy_file).version

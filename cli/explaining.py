@@ -13,8 +13,8 @@ from cli.terminal import ACTION_STYLES, Problem, out, print_json, print_line, pr
 from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
+    from config.policy import Policy, Rules
     from model.engine import Scorer
-    from model.policy import Policy, Rules
 
 SAME = 1e-5
 """How far a score may move with the batch it is in: the rounding of sums taken in another order."""
@@ -82,7 +82,7 @@ def explain(
 
 def _policy(explained: Mapping[str, Any]) -> "Policy | None":
     """The one that decided; None where nothing was, or it is of a form that this release does not know."""
-    from model.policy import PolicyError, parse_policy
+    from config.policy import PolicyError, parse_policy
 
     if explained["policy"] is None:
         return None
@@ -112,7 +112,7 @@ def margins(rules: "Rules", scores: Mapping[str, float]) -> dict[str, dict[str, 
 
 def rule_lines(policy: str, community: str, label: str) -> list[tuple[int, str]]:
     """The lines, numbered from 1, in which a sound policy says what a label leads to in a community."""
-    from model.policy import INHERITS
+    from config.policy import INHERITS
 
     _, communities = _pairs(yaml.compose(policy, Loader=yaml.SafeLoader))["communities"]
     stated = _pairs(communities)
@@ -137,7 +137,7 @@ def _last_line(node: Any) -> int:
 
 def _pairs(mapping: Any) -> dict[str, tuple[Any, Any]]:
     """Of a YAML mapping each name's key and value; what it merges counts where it does not say so itself."""
-    from model.policy import MERGE_TAG
+    from config.policy import MERGE_TAG
 
     found: dict[str, tuple[Any, Any]] = {}
     own = {}

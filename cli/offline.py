@@ -13,8 +13,8 @@ from config.names import DEFAULT_COMMUNITY, LABELS, STARTER_VERSION
 from config.table_files import Row, Table, open_table, quoted
 
 if TYPE_CHECKING:
+    from config.policy import Policy
     from model.engine import Scorer, Scores
-    from model.policy import Policy
 
 ROWS_PER_CHUNK = 512
 ADDED_COLUMNS = (*LABELS, "action")
@@ -108,9 +108,9 @@ def find_version(name: str) -> Path:
 
 
 def _load(version: str, policy: Path | None) -> "tuple[Scorer, Policy]":
+    from config.policy import read_policy
     from config.settings import settings
     from model.engine import load_scorer
-    from model.policy import read_policy
 
     rules = read_policy(policy) if policy else deciding_policy()
     worker = settings().worker

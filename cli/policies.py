@@ -19,8 +19,8 @@ from config.names import LABELS, Action
 
 if TYPE_CHECKING:
     from api_client.client import ModerationClient
+    from config.policy import Policy, Verdict
     from db.policies import PolicyActivationRow
-    from model.policy import Policy, Verdict
     from model.replay import Matrix, Replay, RuleChange
 
 app = typer.Typer(help="See, try out and change the policy that decides.", no_args_is_help=True)
@@ -51,7 +51,7 @@ def show(
     Example: moderato policy show --text > policy.yaml
     """
     from api_client.client import ModerationClient
-    from model.policy import PolicyError, parse_policy
+    from config.policy import PolicyError, parse_policy
 
     with ModerationClient() as client:
         found = find_text(client, name)
@@ -99,7 +99,7 @@ def check(
 
     Example: moderato policy check policy.yaml
     """
-    from model.policy import read_policy
+    from config.policy import read_policy
 
     policy = read_policy(file)
     warnings = [*_labels_without_rules(policy), *_unknown_communities(policy)]
@@ -257,7 +257,7 @@ def find_policy(client: "ModerationClient", name: str) -> "Policy":
         Problem: the name is none of a policy.
         PolicyError: it cannot be read, or is one that this release does not understand.
     """
-    from model.policy import PolicyError, parse_policy
+    from config.policy import PolicyError, parse_policy
 
     text = find_text(client, name)
     try:
@@ -273,9 +273,9 @@ def find_text(client: "ModerationClient", name: str) -> str:
         Problem: the name is none of a policy.
         PolicyError: it is a file that cannot be read.
     """
+    from config.policy import read_policy
     from config.settings import settings
     from db.policies import NoSuchPolicy
-    from model.policy import read_policy
 
     if name == ACTIVE:
         active = client.active_policy()
@@ -295,9 +295,9 @@ def find_text(client: "ModerationClient", name: str) -> str:
 def deciding_policy() -> "Policy":
     """The active policy; where there is none, or no database to ask, that of the policy file, which is said."""
     from api_client.client import ModerationClient
+    from config.policy import read_policy
     from config.settings import settings
     from db.session import DatabaseProblem
-    from model.policy import read_policy
 
     if database_is_there():
         try:
@@ -353,7 +353,7 @@ def _unknown_communities(policy: "Policy") -> list[str]:
 
 
 def _show_differences(client: "ModerationClient", before: str, after: str) -> None:
-    from model.policy import PolicyError
+    from config.policy import PolicyError
     from model.replay import rule_changes
 
     try:

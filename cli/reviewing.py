@@ -62,7 +62,7 @@ def review_next(
     Example: moderato review next -n 5 --community news
     """
     from api_client.client import ModerationClient
-    from model.policy import PolicyError, parse_policy
+    from config.policy import PolicyError, parse_policy
     from trainer.active_learning import most_informative
 
     with ModerationClient() as client:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from config.names import LABELS, Action
+from config.policy import STRICTNESS, Policy
 from model.engine import Scores
-from model.policy import STRICTNESS, Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.names import DEFAULT_COMMUNITY, LABELS, Action
-from model.policy import STRICTNESS, Policy, Rules, Verdict
+from config.policy import STRICTNESS, Policy, Rules, Verdict
 
 ACTIONS = tuple(Action)
 """By their strictness."""

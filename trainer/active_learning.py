@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from config.names import LABELS, Action
+from config.policy import STRICTNESS, Policy, Rules
 from db.reviews import Opinion, UnreviewedDecision
-from model.policy import STRICTNESS, Policy, Rules
 
 NEAR = 0.1
 """From how close a threshold, or a half, tells something; the closer the more."""

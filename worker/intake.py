@@ -36,11 +36,11 @@ from config.names import (
     SUBMITTED_AT_HEADER,
     Reason,
 )
+from config.policy import PolicyError
 from config.settings import settings, without_password
 from db.migrate import require_current
 from db.outage import Outage
 from db.session import DatabaseProblem, is_outage, open_database, without_rows
-from model.policy import PolicyError
 from model.version import VersionError
 from worker import clock
 from worker.drift import DriftWatch

@@ -27,6 +27,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from config.names import ANSWERED, INTERACTIVE_QUEUE, LABELS, Reason
+from config.policy import Policy
 from db import dead_letters, policies
 from db.dead_letters import DeadLetterRow
 from db.outage import Outage
@@ -36,7 +37,6 @@ from db.trials import TrialScoreRow, record_trial_scores
 from model.batching import padded_tokens
 from model.engine import Engine as ModelEngine
 from model.engine import Scorer, Scores
-from model.policy import Policy
 from model.text import Windows
 from worker import clock
 from worker.histogram import Histogram

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from sqlalchemy import Engine
 
+from config.policy import Policy, PolicyError, parse_policy, read_policy
 from config.settings import Settings
 from db import policies
 from db.policies import PolicyActivationRow
 from db.session import reading
-from model.policy import Policy, PolicyError, parse_policy, read_policy
 from worker.watch import Watch
 
 logger = logging.getLogger(__name__)

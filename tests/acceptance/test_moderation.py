@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from config.policy import read_policy
 from config.settings import load_settings
 from model.engine import Scores, load_scorer
-from model.policy import read_policy
 from model.version import STARTER_DIRECTORY
 from tests.acceptance import plain_producer
 from tests.acceptance.conftest import COMMENTS_CSV

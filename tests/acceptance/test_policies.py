@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from config.policy import parse_policy, read_policy
 from config.settings import ROOT
 from db import policies
 from db.session import writing
-from model.policy import parse_policy, read_policy
 from tests.acceptance.system import TIMEOUT_S, System
 from tests.services import wait_until
 
@@ -66,9 +66,11 @@ def test_a_policy_takes_over_in_the_middle_of_a_stream(system: System, texts: li
         # And where one cannot be read, then both go on with what they have, and say so
         system.client.activate_policy(REMOVE, instead_of=system.client.active_policy(), by="the test", reason="third")
         wait_until_both(system, REMOVE)
-        system.client.activate_policy(
-            OF_A_NEWER_RELEASE, instead_of=system.client.active_policy(), by="the test", reason="a mistake"
-        )
+        with writing(system.database) as connection:
+            active = policies.active(connection)
+            policies.activate(
+                connection, OF_A_NEWER_RELEASE, instead_of=active, by="newer", reason="better", now=datetime.now(UTC)
+            )
         wait_until_both(system, REMOVE, refused=True)
         # And after a rollback nothing is refused any more
         system.client.rollback_policy(instead_of=system.client.active_policy(), by="the test")

@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from config.policy import Policy
 from db.session import open_database
 from model.engine import load_scorer
-from model.policy import Policy
 from tests.integration.moderator import Moderator, wrapped
 
 

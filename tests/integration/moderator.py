@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine
 
 from config.names import MODERATE_QUEUE, MODERATE_TASK
+from config.policy import read_policy
 from config.settings import ROOT
 from model.engine import Scorer, Scores
-from model.policy import read_policy
 from tests.services import wait_until
 from worker.job import Delivery, Item
 from worker.message import parse_message

@@ -31,12 +31,12 @@ from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
 from cli.terminal import PLAIN_WIDTH, out
 from config.names import INTERACTIVE_QUEUE, LABELS, MODERATE_QUEUES
+from config.policy import parse_policy
 from config.settings import ROOT
 from db import policies, queries
 from db.session import open_database, reading, writing
 from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
-from model.policy import parse_policy
 from model.version import WEIGHTS_FILE
 from tests.commands import run_here
 from tests.integration.rows import decide, letter, minutes, scored
@@ -342,12 +342,9 @@ class TestReading:
         assert result is not None
         assert (result.action, result.reviewer) == ("remove", "ann")
         # And where the active one is of a newer release, it is shown as far as it goes, and can be replaced
-        client.activate_policy(
-            "communities: {default: {toxic: {ban: 1}}}",
-            instead_of=client.active_policy(),
-            by="newer",
-            reason="a mistake",
-        )
+        with writing(client._engine) as connection:
+            newer, active = "communities: {default: {toxic: {ban: 1}}}", policies.active(connection)
+            policies.activate(connection, newer, instead_of=active, by="newer", reason="better", now=now)
         assert "cannot be read by this release: communities.default.toxic names" in moderato("policy", "show").stdout
         assert json.loads(moderato("policy", "show", "--json").stdout)["communities"] is None
         assert "'ban'" in moderato("policy", "activate", str(mild), "--yes").stderr

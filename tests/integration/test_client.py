@@ -42,6 +42,7 @@ from api_client.connecting import MAX_CONNECTIONS
 from api_client.limits import Limits, QueueFull, RateLimited, TryLater
 from api_client.publishing import ask, new_task_id, push
 from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, MODERATE_QUEUES, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
+from config.policy import PolicyError
 from config.settings import ROOT, SettingsError, settings
 from db import queries
 from db.durable import database_time, overdue
@@ -816,6 +817,8 @@ class TestVersions:
         decide(database_url, scored("by the file"))
         with pytest.raises(NothingToRollBack):
             client.rollback_policy_target()
+        with pytest.raises(PolicyError):
+            client.activate_policy("communities: {default: {toxic: {ban: 1}}}", instead_of=None, by="ann", reason="no")
         client.activate_policy(MILD, instead_of=None, by="ann", reason="milder")
         seen = client.active_policy()
         with pytest.raises(ActiveChanged):

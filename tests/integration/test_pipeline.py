@@ -18,13 +18,13 @@ from sqlalchemy import Engine, event, text
 
 from bench.tiny import HOLDOUT, copy_version
 from config.names import INTERACTIVE_QUEUE, LABELS
+from config.policy import parse_policy
 from config.settings import ROOT
 from db import dead_letters, queries
 from db.dead_letters import DeadLetterRow
 from db.queries import Result
 from db.session import open_database, reading, writing
 from model.engine import Scorer, Scores, load_scorer
-from model.policy import parse_policy
 from model.text import TextEncoder, Windows
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.outage import outage

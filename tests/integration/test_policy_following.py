@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from config.policy import Policy, PolicyError, parse_policy
 from config.settings import Settings, load_settings
 from db import policies
 from db.session import writing
-from model.policy import Policy, PolicyError, parse_policy
 from tests.services import wait_until
 from worker.policies import PolicyFollower
 

@@ -14,13 +14,13 @@ from sqlalchemy import Engine, text
 
 from bench.tiny import HOLDOUT, copy_version
 from config.names import LABELS
+from config.policy import parse_policy
 from config.settings import load_settings
 from db import queries, trials
 from db.queries import NoSuchVersion, record_decisions
 from db.session import open_database, reading, writing
 from db.trials import NothingToTry, NoTrial, TrialIsLive, TrialRow, TrialScoreRow, record_trial_scores
 from model.engine import Scorer, Scores, load_scorer
-from model.policy import parse_policy
 from model.trial import chooses
 from tests.integration.moderator import POLICY, Moderator, wrapped
 from tests.integration.rows import NOON, minutes, prepare, scored

@@ -4,7 +4,7 @@ import pytest
 
 from cli.explaining import margins, rule_lines
 from config.names import LABELS
-from model.policy import parse_policy
+from config.policy import parse_policy
 
 POLICY = """\
 communities:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from config.names import LABELS, Action
+from config.policy import parse_policy
 from model.comparison import Growth, compare_decisions
 from model.engine import Scores
-from model.policy import parse_policy
 
 POLICY = parse_policy("communities: {default: {toxic: {label: 0.5, hide: 0.9}}, strict: {toxic: {remove: 0.5}}}")
 

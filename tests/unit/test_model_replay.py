@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.names import LABELS, Action
-from model.policy import Verdict, parse_policy
+from config.policy import Verdict, parse_policy
 from model.replay import Replay, RuleChange, changed, rule_changes, total
-from tests.unit.test_model_policy import COMMUNITIES, POLICIES, SCORES
+from tests.unit.test_config_policy import COMMUNITIES, POLICIES, SCORES
 
 Rows = list[tuple[Any, ...]]
 

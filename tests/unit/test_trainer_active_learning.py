@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.names import LABELS, Action
+from config.policy import parse_policy
 from db.reviews import Opinion, UnreviewedDecision
-from model.policy import parse_policy
 from tests.integration.rows import NOON
 from trainer.active_learning import informativeness, most_informative
 

@@ -14,8 +14,8 @@ from sklearn.metrics import log_loss
 from transformers import DistilBertConfig, DistilBertModel
 
 from config.names import LABELS, Action
+from config.policy import parse_policy
 from model.network import ToxicityNetwork
-from model.policy import parse_policy
 from trainer.calibration import advised_thresholds, fit_calibration, policy_yaml, to_logits
 from trainer.metrics import reliability
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.names import LABELS, Action
+from config.policy import PolicyError, Verdict, parse_policy, read_policy
 from config.settings import ROOT
-from model.policy import PolicyError, Verdict, parse_policy, read_policy
 
 MILDEST_FIRST = ["label", "review", "hide", "remove"]
 # A coarse grid, so that scores often meet a threshold exactly and each other.
