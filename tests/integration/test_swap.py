@@ -20,6 +20,7 @@ from db.trials import TrialScoreRow
 from model.engine import Scorer
 from model.version import MANIFEST_FILE, WEIGHTS_FILE, Manifest, VersionError, read_manifest, version_directory
 from tests.integration.outage import outage
+from tests.integration.rows import prepare, scored
 from tests.services import wait_until
 from worker.swap import VersionFollower
 from worker.trial import Judging, LiveTrial
@@ -429,12 +430,14 @@ class TestFollowing:
         publish("v2")
         trial_id = start_canary(engine, "v2")
         worker.look_until(lambda: len(worker.trials) == 1, "the trial")
-        # When its candidate fails at five comments
+        # When its candidate fails at five comments, which the active version decides
         failures = [
             TrialScoreRow(trial_id=trial_id, submission_id=str(n), error="RuntimeError", scored_at=datetime.now(UTC))
             for n in range(5)
         ]
         with writing(engine) as connection:
+            prepare(connection)
+            queries.record_decisions(connection, [scored(str(n)) for n in range(5)])
             trials.record_trial_scores(connection, failures)
         # Then whoever sweeps ends it, and the worker follows
         Judging(engine, WORKER)()
