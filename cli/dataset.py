@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cli.tables import BadRows, Encoding, Separator, SkipBadRows
 from cli.terminal import Problem, print_json, say
 from cli.trainer_options import Recipe, TrainerCommand, chosen_settings
 
@@ -31,6 +32,9 @@ class DatasetCommand(TrainerCommand):
 def dataset(
     ctx: typer.Context,
     config: Recipe = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File to write the card to, in place of the terminal.")
     ] = None,
@@ -49,7 +53,10 @@ def dataset(
     from trainer.sources import read_holdout
 
     chosen = chosen_settings(ctx.obj, config)
-    card = assemble(chosen, from_corrections([]), read_holdout(chosen)).card
+    bad = BadRows(skip_bad_rows)
+    form = bad.form(separator, encoding)
+    card = assemble(chosen, from_corrections([]), read_holdout(chosen, form), form).card
+    bad.tell()
     if as_json:
         print_json(card)
         return

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.offline import Version, find_version, score_texts
+from cli.tables import BadRows, Encoding, Separator, SkipBadRows
 from cli.terminal import Problem, out, print_json, say, shorten
 from config.names import LABELS, STARTER_VERSION
 
@@ -23,14 +24,23 @@ TEXT_CHARS = 120
 def evaluate(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="FILE…", help="CSV, the Jigsaw challenge's FOLDER/test.csv, or hub:OWNER/NAME[:SPLIT]."),
+        typer.Argument(
+            metavar="FILE…",
+            help="CSV, JSON lines, Parquet or -, the Jigsaw challenge's FOLDER/test.csv, or hub:OWNER/NAME[:SPLIT].",
+        ),
     ],
     version: Version = STARTER_VERSION,
     engine: Annotated[Literal["auto", "onnx", "torch"], typer.Option(help="onnx is int8 on the CPU.")] = "auto",
     columns: Annotated[
         list[str] | None,
-        typer.Option(metavar="OURS=THEIRS", help="What FILE calls comment_text or a label; may be repeated."),
+        typer.Option(
+            metavar="OURS=THEIRS",
+            help="What FILE calls comment_text or a label; may be repeated: comment_text=body reads its column body.",
+        ),
     ] = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
     robustness: Annotated[
         bool,
         typer.Option("--robustness", help="Score every row in each evader's spelling too: seven times the work."),
@@ -56,7 +66,10 @@ def evaluate(
 
     chosen = settings().trainer
     named: dict[Any, str] = {**chosen.columns, **_columns(columns or [])}
-    parts = [read_source(source, columns=named, positive_from=chosen.positive_from) for source in sources]
+    bad = BadRows(skip_bad_rows)
+    form = bad.form(separator, encoding)
+    parts = [read_source(source, columns=named, positive_from=chosen.positive_from, form=form) for source in sources]
+    bad.tell()
     rows = concatenate(parts)
     if not len(rows):
         raise Problem(f"there are no rows in {', '.join(sources)}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from cli.terminal import Problem, say
+from config.names import TEXT_COLUMNS
 from config.table_files import (
     CSV_ENDINGS,
     JSON_ENDINGS,
@@ -32,7 +33,6 @@ from config.table_files import (
 
 STDOUT = "-"
 SHOWN_BAD_ROWS = 20
-TEXT_COLUMNS = ("comment_text", "text")
 
 Separator = Annotated[
     str | None,

@@ -13,6 +13,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from cli.terminal import Problem
+from config.table_files import STDIN
 
 if TYPE_CHECKING:
     from config.settings import TrainerSettings
@@ -22,7 +23,7 @@ Recipe = Annotated[
     typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
 ]
 
-SHORT_NAMES = {"train_files": "--train", "holdout_file": "--holdout"}
+SHORT_NAMES = {"train_files": "--train", "holdout_file": "--holdout", "learning_rate": "--lr"}
 
 
 class TrainerCommand(TyperCommand):
@@ -104,7 +105,8 @@ def _as_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(options)
     if sources := values.get("train_files"):
         values["train_files"] = [
-            source if source.startswith(HUB_PREFIX) else str(Path(source).absolute()) for source in sources
+            source if source.startswith(HUB_PREFIX) or source == STDIN else str(Path(source).absolute())
+            for source in sources
         ]
     if holdout := values.get("holdout_file"):
         values["holdout_file"] = holdout.absolute()

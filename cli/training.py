@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cli.tables import BadRows, Encoding, Separator, SkipBadRows
 from cli.terminal import Problem, err, print_json, progress, say, user
 from cli.trainer_options import Recipe, chosen_settings
 from cli.versions import new_version_name
@@ -63,6 +64,9 @@ def train(
     ],
     parent: Annotated[str | None, typer.Option("--from", help="Fine-tune this version further.")] = None,
     config: Recipe = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of a training that was killed.")
     ] = False,
@@ -100,8 +104,11 @@ def train(
     from trainer.sources import read_holdout
     from trainer.training import Progress
 
-    held_out = read_holdout(chosen)
-    data = assemble(chosen, from_corrections([]), held_out)
+    bad = BadRows(skip_bad_rows)
+    form = bad.form(separator, encoding)
+    held_out = read_holdout(chosen, form)
+    data = assemble(chosen, from_corrections([]), held_out, form)
+    bad.tell()
     if not len(data.training):
         raise Problem("no row is left to train on: the files are empty, or every text in them is held out too")
     folder = directory.parent / CHECKPOINTS_FOLDER / directory.name

@@ -6,6 +6,10 @@ LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate
 """The six labels, in the order of every score vector in the project."""
 
 
+TEXT_COLUMNS = ("comment_text", "text")
+"""Where a file's texts are, where nobody names another column; the first that it has."""
+
+
 class Action(StrEnum):
     """What is done with a comment, mildest first."""
 

@@ -124,9 +124,9 @@ class Table:
         with _damage_named(self.name):
             yield from self._rows
 
-    def where(self, row: Row) -> str:
-        """The file and the row's line, for messages."""
-        return self._where(row.place)
+    def place(self, row: Row) -> str:
+        """Where a row stands in the file, for messages."""
+        return f"{self._unit} {row.place}"
 
     def refuse(self, row: Row, why: str) -> None:
         """Leave out a row that cannot be used, or raise `BadRow`, as the form says."""

@@ -4,6 +4,7 @@ Everything is drawn by the settings' seed: the same files, reviews and settings 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.settings import TrainerSettings, relative_to_root
+from config.table_files import AS_FOUND, Form
 from trainer.augmentation import evasive_copies, repeats, synonym_copies
 from trainer.dataset import Dataset, concatenate, merge_duplicates, near_key, text_key
 from trainer.sources import read_sources
@@ -34,7 +36,7 @@ class TrainingData:
     card: dict[str, Any]
 
 
-def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) -> TrainingData:
+def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset, form: Form = AS_FOUND) -> TrainingData:
     """Read the sources of the settings and make of them and of the corrections what a run trains on.
 
     A row whose text is held out, with other punctuation too, is dropped, or the gate would judge what was learnt by
@@ -47,7 +49,7 @@ def assemble(settings: TrainerSettings, corrections: Dataset, holdout: Dataset) 
     replay_rng, validation_rng, evasion_rng, synonym_rng = (
         np.random.default_rng([settings.seed, step]) for step in range(4)
     )
-    parts = read_sources(settings)
+    parts = read_sources(settings, form)
     held_out = {near_key(text_key(text)) for text in holdout.texts}
     rows, keys, near, counts = _unique(concatenate(parts), held_out)
     corrected, corrected_keys, corrected_near, correction_counts = _unique(corrections, held_out)
@@ -101,6 +103,9 @@ def choose_validation(
 ) -> NDArray[np.bool_]:
     """Which rows are kept apart in training: a share of the positives of every label, and of the rows without any.
 
+    Rows are drawn by group. A group that is larger than what is still wanted is passed over, so that a campaign of one
+    text does not become the validation.
+
     Args:
         labels: (rows, 6).
         near: (rows,), the rows' `near_key`; rows with the same one stay together.
@@ -115,10 +120,20 @@ def choose_validation(
     chosen: set[str] = set()
     for stratum in np.unique(strata):
         members = np.flatnonzero((strata == stratum) & is_free)
-        rows = round(share * len(members))
-        if share and stratum < 0 and len(members) > 1:
-            rows = max(rows, 1)
-        chosen.update(near[rng.permutation(members)[:rows]])
+        groups = Counter(near[rng.permutation(members)])
+        wanted = round(share * len(members))
+        if share and stratum < 0 and len(groups) > 1:
+            wanted = max(wanted, 1)
+        # Groups that other strata chose have rows of this one too.
+        wanted -= sum(rows for group, rows in groups.items() if group in chosen)
+        fitting = []
+        for group, rows in groups.items():
+            if group not in chosen and rows <= wanted:
+                fitting.append(group)
+                wanted -= rows
+        if not fitting and wanted > 0 and len(groups) > 1:
+            fitting = [min(groups, key=groups.__getitem__)]
+        chosen.update(fitting)
     return _is_in(chosen, near)
 
 

@@ -4,11 +4,8 @@ A label that is blank is unknown, never zero; it is NaN here and masked in the l
 """
 
 import difflib
-import gzip
 import hashlib
 import re
-import warnings
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +16,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from config.comment import checked_text
-from config.names import LABELS
+from config.names import LABELS, TEXT_COLUMNS
+from config.table_files import AS_FOUND, TELLING_NAME, BadRow, Form, TableError, as_text, listed, open_table
 from model.text import normalise
 
-TEXT_COLUMN = "comment_text"
+TEXT_COLUMN, OTHER_TEXT_COLUMN = TEXT_COLUMNS
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TELLING_VALUE = re.compile(r"[-+.,%\deE]{1,12}|(?i:true|false|yes|no|nan|none|null)")
 """What may be quoted of a wrong label: anything else may be a comment in the wrong column, and must not reach a log."""
-TELLING_NAME = re.compile(r"[\w.-]{1,40}")
-"""The same of a column's name or a row's id: in a file without a header the names are its first comment."""
+BOOLEANS = {"true": "1", "yes": "1", "false": "0", "no": "0"}
 ASCII_BUT_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalpha())
 
 Columns = Mapping[Any, str]
@@ -101,11 +98,13 @@ def concatenate(parts: Sequence[Dataset]) -> Dataset:
     )
 
 
-# --- CSV ---
+# --- Files ---
 
 
-def read_csv(path: Path, *, columns: Columns = NO_COLUMNS, positive_from: float = 0.5) -> Dataset:
-    """Rows of a CSV (gzip, or a zip of one file) with a `comment_text` column and any of the label columns.
+def read_csv(
+    path: Path | str, *, columns: Columns = NO_COLUMNS, positive_from: float = 0.5, form: Form = AS_FOUND
+) -> Dataset:
+    """Rows of a file, of any kind that `config.table_files` reads, with a `comment_text` and any of the label columns.
 
     Args:
         positive_from: labels are 0, 1, blank, or the share of annotators who said so, which is positive from here.
@@ -113,66 +112,58 @@ def read_csv(path: Path, *, columns: Columns = NO_COLUMNS, positive_from: float 
     Raises:
         DatasetError: the file cannot be read, a column is missing, or a value is not allowed.
     """
-    return from_frame(read_frame(path), str(path), columns=columns, positive_from=positive_from)
+    frame = read_frame(path, form)
+    return from_frame(frame, str(path), columns=columns, positive_from=positive_from, form=form)
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """Every value of a CSV, as text.
+def read_frame(path: Path | str, form: Form = AS_FOUND) -> pd.DataFrame:
+    """Every value of a file, as text; the index names each row's place, as "line 2".
 
     Raises:
-        DatasetError: the file cannot be read, or its rows and its header differ in length.
+        DatasetError: the file cannot be read, or one of its rows.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            # Where rows have more fields than the header, pandas would take the first for row names, or drop the last.
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
-    except UnicodeDecodeError:
-        raise DatasetError(f"{path} cannot be read as CSV: {_not_utf8(path)}; save it in UTF-8") from None
-    except (OSError, ValueError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
-        raise DatasetError(f"{path} cannot be read as CSV: {error}") from None
-    frame.columns = frame.columns.str.strip()
-    return frame
-
-
-def _not_utf8(path: Path) -> str:
-    """Where a file, packed or not, stops being UTF-8: pandas knows only how far into some piece of it."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 at its byte {error.start + 1}"
-    return "it is not UTF-8"
+        with open_table(path, form) as table:
+            places: list[str] = []
+            columns: dict[str, list[str]] = {name: [] for name in table.columns}
+            for row in table:
+                for name in [name for name in row.values if name not in columns]:
+                    columns[name] = [""] * len(places)
+                for name, values in columns.items():
+                    values.append(as_text(row.values.get(name)))
+                places.append(table.place(row))
+    except TableError as error:
+        raise DatasetError(str(error)) from None
+    return pd.DataFrame(columns, index=places, dtype=object)
 
 
 def from_frame(
-    frame: pd.DataFrame, source: str, *, columns: Columns, positive_from: float, first_row: int = 2
+    frame: pd.DataFrame, source: str, *, columns: Columns, positive_from: float, form: Form = AS_FOUND
 ) -> Dataset:
     """Rows of a table of text values, checked. See `read_csv`.
 
     Args:
+        frame: its index names each row's place, as messages say it.
         source: what messages call the table.
-        first_row: what messages call the row of index 0; in a CSV the header is row 1.
 
     Raises:
-        DatasetError: a column is missing, or a value is not allowed.
+        DatasetError: a column is missing, or a value is not allowed and its row not to be left out.
     """
     found = find_columns(list(frame.columns), source, columns)
     labels = np.full((len(frame), len(LABELS)), np.nan, dtype=np.float32)
+    faults: dict[int, str] = {}
     for index, label in enumerate(LABELS):
         if label not in found:
             continue
         values = frame[found[label]].str.strip()
-        shares = pd.to_numeric(values.replace("", "nan"), errors="coerce").to_numpy(dtype=np.float32)
-        wrong = ~((shares >= 0) & (shares <= 1) | (values == "").to_numpy())
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
+        numbers = values.str.lower().replace(BOOLEANS).replace("", "nan")
+        shares = pd.to_numeric(numbers, errors="coerce").to_numpy(dtype=np.float32)
+        for row in np.flatnonzero(~((shares >= 0) & (shares <= 1) | (values == "").to_numpy())).tolist():
             value = values.iloc[row]
             shown = repr(value) if TELLING_VALUE.fullmatch(value) else f"a value of {len(value):,} characters"
-            raise DatasetError(
-                f"{source}, row {frame.index[row] + first_row}, column {found[label]}: {shown} is not 0, 1, "
-                "a share between them, or blank for unknown"
+            faults.setdefault(
+                row,
+                f"{found[label]}: {shown} is not 0, 1, true, false, a share between them, or blank for unknown",
             )
         labels[:, index] = np.where(np.isnan(shares), np.nan, shares >= positive_from)
     texts = frame[found[TEXT_COLUMN]].tolist()
@@ -180,9 +171,14 @@ def from_frame(
         try:
             checked_text(text)
         except ValueError as error:
-            where = f"{source}, row {frame.index[row] + first_row}, column {found[TEXT_COLUMN]}"
-            raise DatasetError(f"{where} {error}") from None
-    return Dataset(texts, labels)
+            faults.setdefault(row, f"{found[TEXT_COLUMN]}: {error}")
+    for row in sorted(faults):
+        try:
+            form.refuse(f"{source}, {frame.index[row]}, column {faults[row]}")
+        except BadRow as error:
+            raise DatasetError(str(error)) from None
+    rows = Dataset(texts, labels)
+    return rows.take([row for row in range(len(rows)) if row not in faults]) if faults else rows
 
 
 def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[str, str]:
@@ -193,9 +189,11 @@ def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[st
     Raises:
         DatasetError: there is no text, no label, or not the column that `columns` names.
     """
-    has = ", ".join(map(quoted, names))
+    has = listed(names)
     if TEXT_COLUMN in names and not set(columns.values()) & set(names):
         columns = {}
+    if TEXT_COLUMN not in names and OTHER_TEXT_COLUMN in names:
+        columns = {TEXT_COLUMN: OTHER_TEXT_COLUMN, **columns}
     found = {}
     for ours in (TEXT_COLUMN, *LABELS):
         theirs = columns.get(ours, ours)
@@ -216,11 +214,6 @@ def find_columns(names: Sequence[str], source: str, columns: Columns) -> dict[st
             "trainer.columns, or by --columns toxic=ITS_NAME"
         )
     return found
-
-
-def quoted(name: str) -> str:
-    """A column's name or a row's id, as a message may show it."""
-    return repr(name) if TELLING_NAME.fullmatch(name) else f"one of {len(name)} characters"
 
 
 # --- Corrections ---

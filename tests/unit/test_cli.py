@@ -263,7 +263,7 @@ class TestMistakes:
         path = tmp_path / "rows.csv"
         path.write_text("comment_text,toxic\nfine,0\n0,you fool\n", encoding="utf-8")
         said = complaint("dataset", "--train", str(path))
-        assert "rows.csv, row 3, column toxic: a value of 8 characters is not 0, 1" in said
+        assert "rows.csv, line 3, column toxic: a value of 8 characters is not 0, 1" in said
         assert "fool" not in said
 
     def test_two_starts_of_a_training(self) -> None:

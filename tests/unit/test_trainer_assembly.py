@@ -157,6 +157,19 @@ def test_every_label_has_its_share_of_positives_in_validation(seed: int, share: 
         assert (np.nansum(labels[~chosen], axis=0) >= 1).all()
 
 
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_texts_that_resemble_each_other_do_not_multiply_what_is_kept_apart(size: int) -> None:
+    # Given 2,000 rows in groups of texts with the same letters, and one group that alone is a tenth of them
+    keys = np.array([f"group{n // size}" for n in range(1_800)] + ["campaign"] * 200, dtype=object)
+    labels = np.zeros((2_000, 6), dtype=np.float32)
+    labels[:1_000, 0] = 1
+    chosen = choose_validation(labels, keys, set(), share=0.05, rng=np.random.default_rng(1))
+    # Then whole groups are drawn until the share is reached
+    assert 100 - size <= chosen.sum() <= 100 + size
+    assert not set(keys[chosen]) & set(keys[~chosen])
+    assert 0 < labels[chosen, 0].sum() < chosen.sum()
+
+
 def test_the_shipped_samples_hold_each_other_s_texts_hardly_anywhere(tmp_path: Path) -> None:
     settings = load_settings({}).trainer
     card = assemble(settings, NOTHING, read_csv(settings.holdout_file)).card

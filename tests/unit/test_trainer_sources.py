@@ -53,11 +53,11 @@ def test_a_folder_gives_the_training_rows_and_its_test_file_the_scored_ones(jigs
     [
         pytest.param("test_labels.csv", "1c,", "9z,", r"id '9z' is in .*test_labels.csv but not in", id="unknown id"),
         pytest.param("test_labels.csv", "1a,-1,-1,-1,-1,-1,-1\n", "", r"id '1a' is in .*test.csv but not", id="lacks"),
-        pytest.param("test_labels.csv", "1c,", "1b,", r"row 4: its id '1b' was there before", id="twice"),
+        pytest.param("test_labels.csv", "1c,", "1b,", r"line \d: its id '1b' was there before", id="twice"),
         pytest.param("test_labels.csv", "insult", "rude", r"test_labels.csv has no column 'insult'", id="column"),
-        pytest.param("test_labels.csv", "1c,1", "1c,2", r"test.csv, row 4, column toxic: '2'", id="value"),
-        pytest.param("test.csv", "scored too", " ", r"test.csv, row 4, column comment_text is empty", id="no text"),
-        pytest.param("test.csv", "scored too", '"', r"test.csv cannot be read as CSV", id="cut short"),
+        pytest.param("test_labels.csv", "1c,1", "1c,2", r"test.csv, line 4, column toxic: '2'", id="value"),
+        pytest.param("test.csv", "scored too", " ", r"test.csv, line 4, column comment_text: is empty", id="no text"),
+        pytest.param("test.csv", "scored too", '"', r"test.csv, line 4: .* never closed", id="cut short"),
     ],
 )
 def test_test_files_that_do_not_fit_are_refused(jigsaw: Path, file: str, before: str, after: str, said: str) -> None:
