@@ -7,7 +7,7 @@ import typer
 
 from cli.tables import BadRows, Encoding, Separator, SkipBadRows
 from cli.terminal import Problem, print_json, say
-from cli.trainer_options import Recipe, TrainerCommand, chosen_settings
+from cli.trainer_options import Recipe, TrainerCommand, chosen_settings, forms
 
 
 class DatasetCommand(TrainerCommand):
@@ -54,8 +54,8 @@ def dataset(
 
     chosen = chosen_settings(ctx.obj, config)
     bad = BadRows(skip_bad_rows)
-    form = bad.form(separator, encoding)
-    card = assemble(chosen, from_corrections([]), read_holdout(chosen, form), form).card
+    of_training, of_holdout = forms(chosen, bad.form(separator, encoding))
+    card = assemble(chosen, from_corrections([]), read_holdout(chosen, of_holdout), of_training).card
     bad.tell()
     if as_json:
         print_json(card)

@@ -4,6 +4,7 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from cli.terminal import Problem
-from config.table_files import STDIN
+from config.table_files import STDIN, Form
 
 if TYPE_CHECKING:
     from config.settings import TrainerSettings
@@ -23,6 +24,7 @@ Recipe = Annotated[
     typer.Option(exists=True, dir_okay=False, help="YAML file of the settings below; options count before it."),
 ]
 
+STDIN_FILE = Path("/dev/stdin")
 SHORT_NAMES = {"train_files": "--train", "holdout_file": "--holdout", "learning_rate": "--lr"}
 
 
@@ -98,6 +100,22 @@ def _option_type(annotation: Any) -> Any:
     return list[str] if isinstance(annotation, types.GenericAlias) else annotation
 
 
+def forms(chosen: "TrainerSettings", form: Form) -> tuple[Form, Form]:
+    """How training and held-out files are read: as the options say, but for the files that the settings come with."""
+    from config.settings import settings
+
+    usual = settings().trainer
+    as_found = replace(form, separator=None, encoding=None)
+    return (
+        as_found if chosen.train_files == usual.train_files else form,
+        as_found if chosen.holdout_file == usual.holdout_file else form,
+    )
+
+
+def _absolute(path: Path) -> Path:
+    return STDIN_FILE if str(path) == STDIN else path.absolute()
+
+
 def _as_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Values as the settings take them. A path on the command line starts where the user stands."""
     from config.settings import HUB_PREFIX
@@ -105,11 +123,10 @@ def _as_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(options)
     if sources := values.get("train_files"):
         values["train_files"] = [
-            source if source.startswith(HUB_PREFIX) or source == STDIN else str(Path(source).absolute())
-            for source in sources
+            source if source.startswith(HUB_PREFIX) else str(_absolute(Path(source))) for source in sources
         ]
     if holdout := values.get("holdout_file"):
-        values["holdout_file"] = holdout.absolute()
+        values["holdout_file"] = _absolute(holdout)
     if columns := values.get("columns"):
         if wrong := [column for column in columns if "=" not in column]:
             raise Problem(f"--columns {wrong[0]} must be OURS=THEIRS, for example --columns comment_text=body")

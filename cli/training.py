@@ -14,7 +14,7 @@ import typer
 
 from cli.tables import BadRows, Encoding, Separator, SkipBadRows
 from cli.terminal import Problem, err, print_json, progress, say, user
-from cli.trainer_options import Recipe, chosen_settings
+from cli.trainer_options import Recipe, chosen_settings, forms
 from cli.versions import new_version_name
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def train(
     from trainer.training import Progress
 
     bad = BadRows(skip_bad_rows)
-    form = bad.form(separator, encoding)
-    held_out = read_holdout(chosen, form)
-    data = assemble(chosen, from_corrections([]), held_out, form)
+    of_training, of_holdout = forms(chosen, bad.form(separator, encoding))
+    held_out = read_holdout(chosen, of_holdout)
+    data = assemble(chosen, from_corrections([]), held_out, of_training)
     bad.tell()
     if not len(data.training):
         raise Problem("no row is left to train on: the files are empty, or every text in them is held out too")

@@ -326,8 +326,8 @@ class Table:
         assert found is not None
         byte = ord(found.group()) - 0xDC00
         encoding = "UTF-8" if self._encoding == "utf-8-sig" else self._encoding
-        advice = "name it with --encoding, such as cp1252 for files of Windows; or save it in UTF-8"
-        return f"is not {encoding}, by its byte 0x{byte:02x}. If the file is in another encoding, {advice}"
+        advice = "If it is in another encoding, as cp1252 of Windows, name that with --encoding; or save it in UTF-8"
+        return f"is not {encoding}, by its byte 0x{byte:02x}. {advice}"
 
 
 class _Lines(Iterator[str]):

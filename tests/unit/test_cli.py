@@ -325,6 +325,20 @@ def test_a_dataset_is_described_and_none_of_its_comments_is_shown(tmp_path: Path
     assert json.loads(done.stdout)["sha256"] in written
 
 
+def test_an_encoding_is_that_of_the_files_one_names(tmp_path: Path) -> None:
+    # Given rows in an encoding that the held-out rows of the settings have not
+    (tmp_path / "rows.csv").write_text("text;toxic\ngrün;1\n\u00a0;0\n", encoding="cp1252")
+    options = ["--train", str(tmp_path / "rows.csv"), "--encoding", "cp1252", "--skip-bad-rows", "--json"]
+    done = CliRunner().invoke(app, ["dataset", *options])
+    assert done.exit_code == 0, done.output
+    # Then those are what they always are, and the bad row is the only one left out
+    card = json.loads(done.stdout)
+    plain = json.loads(CliRunner().invoke(app, ["dataset", "--json"]).stdout)
+    assert card["holdout"] == plain["holdout"]
+    assert card["sources"][0]["rows"] == 1
+    assert re.findall(r"line \d", done.stderr) == ["line 3"]
+
+
 class TestVersionNames:
     """Checked before anything is read, trained or written."""
 
