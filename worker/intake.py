@@ -46,7 +46,7 @@ from worker import clock
 from worker.drift import DriftWatch
 from worker.health import Health
 from worker.job import Delivery, Item
-from worker.message import Parsed, parse_message, refuse_all, refuse_unread, single_messages
+from worker.message import Parsed, parse_message, refuse_all, refuse_unparsed, refuse_unread, single_messages
 from worker.metrics import WorkerMetrics
 from worker.pipeline import Pipeline
 from worker.policies import PolicyFollower
@@ -54,7 +54,7 @@ from worker.resending import Resending
 from worker.retention import Retention
 from worker.swap import VersionFollower
 from worker.sweeper import Chore, Sweeper
-from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS
+from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS, failure
 from worker.trial import Judging
 
 logger = logging.getLogger(__name__)
@@ -259,26 +259,21 @@ class Intake(bootsteps.StartStopStep):
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
         now = clock.now()
-        parsed, acknowledge = _parse(message, now), message.ack
-        queue, submitted_at = message.queue, _submitted_at(message.headers, now)
+        (parsed, singles), acknowledge = _read(message, now), message.ack
         if message.returns:
             self.redelivered += 1
-        if message.returns >= SUSPECT_RETURNS and len(parsed.submitted) > 1:
+        if singles:
             # One of them may be what its workers died of. Alone, it is the only one that is counted from now on.
-            logger.warning(
-                "a message came back %d times: its %d comments go on alone", message.returns, len(parsed.submitted)
-            )
-            singles = single_messages(parsed.submitted, message.headers, queue)
+            logger.warning("a message came back %d times: its %d comments go on alone", message.returns, len(singles))
             acknowledge = partial(message.channel.qos.replace, message.delivery_tag, singles)
-            parsed = Parsed(refused=parsed.refused)
             if not parsed.refused:
                 acknowledge()
                 return
         delivery = Delivery(
             acknowledge=acknowledge,
-            queue=queue,
+            queue=message.queue,
             received_at=now,
-            submitted_at=submitted_at,
+            submitted_at=_submitted_at(message.headers, now),
             comments=len(parsed.submitted) + len(parsed.refused),
             text_bytes=len(message.body),
             answer_to=_answer_to(message.headers),
@@ -409,6 +404,24 @@ def pipeline_stats(state: Any) -> dict[str, Any]:
     """What the pipeline has done since its start, what waits in it now, and which queues it is fed from."""
     consumer = state.consumer
     return consumer.intake.stats() | {"queues": sorted(queue.name for queue in consumer.task_consumer.queues)}
+
+
+def _read(message: Any, now: datetime) -> tuple[Parsed, list[bytes]]:
+    """What a message holds, and the messages that replace it where its comments are to go on alone. Never raises.
+
+    An exception would leave through Celery's event loop and end this worker, and then each one that the message comes
+    to next.
+    """
+    try:
+        parsed = _parse(message, now)
+        if message.returns < SUSPECT_RETURNS or len(parsed.submitted) <= 1:
+            return parsed, []
+        singles = single_messages(parsed.submitted, message.headers, message.queue)
+        return Parsed(refused=parsed.refused), singles
+    except Exception as error:
+        logger.error("parsing a message failed, so it is refused: %s", failure(error))
+        detail = f"parsing it failed: {type(error).__name__}; the worker's log says where"
+        return refuse_unparsed(message.headers, message.body, detail), []
 
 
 def _parse(message: Any, now: datetime) -> Parsed:

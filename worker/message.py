@@ -187,6 +187,13 @@ def refuse_unread(headers: Mapping[str, Any], body: bytes, reason: Reason, detai
     return Parsed(refused=[Refused(sha256, reason, detail, body, headers[MALFORMED_BYTES_HEADER], sha256)])
 
 
+def refuse_unparsed(headers: Mapping[str, Any], body: bytes, detail: str) -> Parsed:
+    """The refusal of a message that could not be parsed for no fault of its own: only its length and hash are kept."""
+    sha256 = hashlib.sha256(body).hexdigest()
+    message_id = _message_id(headers.get("id"), body)
+    return Parsed(refused=[Refused(message_id, Reason.UNREADABLE_MESSAGE, detail, b"", len(body), sha256)])
+
+
 def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
     payload = comment.model_dump_json(exclude_defaults=True).encode()

@@ -22,6 +22,7 @@ comments is replaced by one message for each (REPLACE), as suspect as it was.
 
 import hashlib
 import logging
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -125,8 +126,15 @@ end
 GIVE_BACK = (
     GIVE_BACK_ONE
     + r"""
--- ARGV: RPUSH (to the end that is taken next) or LPUSH (behind what waits), then the tags
-for i = 2, #ARGV do give_back(ARGV[i], ARGV[1]) end
+-- ARGV: RPUSH (to the end that is taken next) or LPUSH (behind what waits), seconds for which the return is counted
+--   (0: it is not), then the tags
+for i = 3, #ARGV do
+  local message = give_back(ARGV[i], ARGV[1])
+  if message and ARGV[2] ~= '0' then
+    redis.call('HINCRBY', KEYS[3], redis.sha1hex(message), 1)
+    redis.call('EXPIRE', KEYS[3], ARGV[2])
+  end
+end
 """
 )
 
@@ -211,13 +219,7 @@ class Message(virtual.Message):
         if not isinstance(payload, Delivery):
             super().__init__(payload, channel, **kwargs)
             return
-        if payload.returns >= UNREAD_RETURNS:
-            envelope = malformed_envelope(payload.raw, "it came back too often to be read once more", searched=False)
-        else:
-            try:
-                envelope = read_envelope(payload.raw)
-            except MalformedMessage as reason:
-                envelope = malformed_envelope(payload.raw, str(reason))
+        envelope = _envelope(payload)
         properties = envelope["properties"]
         properties["delivery_tag"] = payload.tag
         properties["delivery_info"] = delivery_info = {"exchange": "", "routing_key": payload.queue}
@@ -235,6 +237,25 @@ class Message(virtual.Message):
             delivery_info=delivery_info,
             **kwargs,
         )
+
+
+def _envelope(delivery: Delivery) -> dict[str, Any]:
+    if delivery.returns >= UNREAD_RETURNS:
+        return malformed_envelope(delivery.raw, "it came back too often to be read once more", searched=False)
+    try:
+        try:
+            return read_envelope(delivery.raw)
+        except MalformedMessage as reason:
+            return malformed_envelope(delivery.raw, str(reason))
+    except Exception as error:
+        # Not foreseen, such as a want of memory. Raised here it would end this worker, and the next one.
+        logger.error("reading a message failed, so it is refused: %s", failure(error))
+        return malformed_envelope(delivery.raw, f"reading it failed: {type(error).__name__}", searched=False)
+
+
+def failure(error: BaseException) -> str:
+    """An error's class, and where in the code it arose; not its text, which may quote a message."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
 class QoS(virtual.QoS):
@@ -370,10 +391,19 @@ class QoS(virtual.QoS):
         for tags in _chunks(self._delivered):
             self._run(RENEW_LEASES, *tags)
 
-    def give_back(self, tags: Iterable[str], push: str = "RPUSH") -> None:
-        """Return messages to their lists: RPUSH to the end that is taken next, LPUSH behind what waits."""
+    def give_back(self, tags: Iterable[str], push: str = "RPUSH", *, counted: bool = False) -> None:
+        """Return messages to their lists: RPUSH to the end that is taken next, LPUSH behind what waits.
+
+        Args:
+            counted: as a return of a message whose worker died.
+        """
         for chunk in _chunks(tags):
-            self._run(GIVE_BACK, push, *chunk)
+            self._run(GIVE_BACK, push, RETURNS_KEPT_S if counted else 0, *chunk)
+
+    def give_back_harmful(self, delivery_tag: str) -> None:
+        """Return a message that made its consumer fail. That ends the worker, so it counts as a death."""
+        if self._delivered.pop(delivery_tag, None) is not None:
+            self.give_back([delivery_tag], counted=True)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Return the messages of workers that no longer renew their leases. kombu calls it every few seconds."""
@@ -629,7 +659,13 @@ class Channel(kombu_redis.Channel):
                 delivery = waiting.popleft()
                 if delivery.returns:
                     self.qos.hold_returned(delivery)
-                self.connection._deliver(delivery, delivery.queue)
+                try:
+                    self.connection._deliver(delivery, delivery.queue)
+                except (SystemExit, KeyboardInterrupt, *self.connection_errors):
+                    raise
+                except BaseException:
+                    self.qos.give_back_harmful(delivery.tag)
+                    raise
                 room -= self.qos.held_bytes(delivery.tag)
                 # What is not acknowledged is not held, so it could not go back.
                 if (room <= 0 or monotonic() > until) and not self._no_ack_queues:

@@ -751,7 +751,7 @@ def test_messages_behind_one_whose_consumer_failed_go_back(
     producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
 ) -> None:
     # Given a consumer that fails on the first message of a fetch
-    send(producer, "a", "b", "c")
+    sent = send(producer, "a", "b", "c")
     consumer = consume()
 
     def fail(message: Any) -> None:
@@ -761,9 +761,11 @@ def test_messages_behind_one_whose_consumer_failed_go_back(
     # When the fetch is delivered
     with pytest.raises(ArithmeticError):
         consumer.run_until(lambda: False, "the failure")
-    # Then the failed one is held until we close, and the others can be taken by anyone
-    assert held(redis) == 1
-    assert redis.llen(MODERATE_QUEUE) == 2
+    # Then anyone can take all of them, the failed one last, which is counted as one that ended its worker
+    assert (held(redis), redis.llen(MODERATE_QUEUE)) == (0, 3)
+    consumer.close()
+    others = consume().receive(3)
+    assert (ids(others), [message.returns for message in others]) == ([*sent[1:], sent[0]], [0, 0, 1])
 
 
 def test_full_redis_still_hands_out_renews_and_forgets(

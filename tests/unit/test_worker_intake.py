@@ -9,9 +9,10 @@ import pytest
 from celery.worker import state as worker_state
 
 from config.names import ANSWER_TO_HEADER, BULK_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
-from worker.envelope import malformed_envelope, write_envelope
-from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _submitted_at
-from worker.transport import UNREAD_RETURNS, Delivery, Message
+from worker import intake, transport
+from worker.envelope import MALFORMED_BYTES_HEADER, malformed_envelope, write_envelope
+from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _read, _submitted_at
+from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS, Delivery, Message
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -79,6 +80,37 @@ def test_a_message_that_may_kill_who_reads_it_is_not_read() -> None:
     assert (refused.reason, refused.payload, refused.payload_bytes) == (Reason.WORKER_DIED, b"raw", 3)
     assert refused.dead_letter_id == refused.payload_sha256
     assert "10 times" in refused.detail
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, RecursionError])
+@pytest.mark.parametrize("returns", [0, SUSPECT_RETURNS])
+def test_a_message_that_nobody_can_parse_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception], returns: int
+) -> None:
+    # Given a fault of ours, or a want of memory, while a message is read or parsed, taken apart or not
+    def fail(*_: object, **__: object) -> None:
+        raise error(SECRET["text"])
+
+    raw = write_envelope({"task": MODERATE_TASK, "id": "m1"}, message(SOUND, SECRET).body, "toxicity")
+    unread = message(SOUND, SECRET, returns=returns)
+    unread.queue = "toxicity"
+    monkeypatch.setattr(intake, "single_messages" if returns else "parse_message", fail)
+    monkeypatch.setattr(transport, "read_envelope", fail)
+    # Then it is a dead letter under its id, with its length and hash only
+    parsed, singles = _read(unread, NOW)
+    [refused] = parsed.refused
+    assert (refused.dead_letter_id, refused.reason, parsed.submitted, singles) == (
+        "m1",
+        Reason.UNREADABLE_MESSAGE,
+        [],
+        [],
+    )
+    assert (refused.payload, refused.payload_bytes) == (b"", len(unread.body))
+    unread = Message(Delivery("tag", "toxicity", raw, returns))
+    assert (unread.headers[MALFORMED_BYTES_HEADER], unread.body) == (len(raw), b"")
+    # And the log says where it failed, but nothing of the text
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "in fail" in caplog.text and "hidden" not in caplog.text
 
 
 @pytest.mark.parametrize("other", ["m2", None, 7, ["m1"], {"m1": 1}])
