@@ -43,6 +43,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/tmp \
     MPLCONFIGDIR=/tmp/matplotlib \
     HF_HOME=/app/var/huggingface \
+    # As the code sets them (model/__init__.py), for whatever else is run in the image: nothing is sent to libraries' makers.
+    ORT_DISABLE_TELEMETRY=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    HF_HUB_DISABLE_UPDATE_CHECK=1 \
+    DO_NOT_TRACK=1 \
     MODERATO_VERSIONS_DIR=/srv/moderato/versions \
     MODERATO_LOG_FORMAT=json \
     # On every address of the container, whose ports nobody reaches but its own networks.

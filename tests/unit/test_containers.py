@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from config.settings import PREFIX, ROOT, load_settings
+from model import SILENT
 
 SECRETS = "/run/secrets/"
 IMAGE_WITH_TAG = r"[\w./-]+:(?!latest)[\w.-]*\d[\w.-]*"
@@ -161,6 +162,25 @@ class TestServices:
         # After that what it holds would be another's in any case
         grace_s = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
         assert grace_s > load_settings({}).worker.visibility_timeout_s
+
+
+class TestSilence:
+    @pytest.mark.parametrize("dockerfile", DOCKERFILES.values())
+    def test_libraries_in_an_image_send_nothing(self, dockerfile: str) -> None:
+        told = image_environment(dockerfile)
+        assert {name: told.get(name) for name in SILENT} == SILENT
+
+    def test_grafana_neither_reports_nor_asks(self) -> None:
+        silent = {
+            "GF_ANALYTICS_REPORTING_ENABLED": "false",
+            "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+            "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
+            "GF_NEWS_NEWS_FEED_ENABLED": "false",
+            "GF_PLUGINS_PREINSTALL_DISABLED": "true",
+            "GF_PLUGINS_PUBLIC_KEY_RETRIEVAL_DISABLED": "true",
+            "GF_SECURITY_DISABLE_GRAVATAR": "true",
+        }
+        assert silent.items() <= SERVICES["grafana"]["environment"].items()
 
 
 class TestMonitoring:
