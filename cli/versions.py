@@ -40,6 +40,8 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 MOST_ACTIVATIONS = 1_000
 """Looked back over for a version that was active before."""
+MOST_LOADS = 20
+"""Workers that `moderato models` lists. One that ended stays in the table, and its successor may have another name."""
 
 app = typer.Typer(cls=GroupWithDefault)
 app.command()(compare)
@@ -48,7 +50,7 @@ app.command()(prune)
 
 @app.callback()
 def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """List the model versions, the active one, and which of them each worker runs.
+    """List the model versions, the active one, and which of them each worker loaded.
 
     Example: moderato models
     """
@@ -92,9 +94,12 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     for activation in activations:
         line = f"{shown(activation.activated_at)}  {activation.version} activated by {activation.activated_by}: "
         out.print(Text(line + activation.reason))
-    for load in loads:
+    newest = sorted(loads, key=lambda load: load.load_id)[-MOST_LOADS:]
+    if earlier := len(loads) - len(newest):
+        out.print(Text(f"{earlier:,} workers loaded it earlier; `moderato status` lists those that respond"))
+    for load in newest:
         what = (
-            f"runs {load.version}" if load.error is None else f"refused it, goes on with {load.version}: {load.error}"
+            f"loaded {load.version}" if load.error is None else f"refused it, goes on with {load.version}: {load.error}"
         )
         out.print(Text(f"{shown(load.loaded_at)}  {load.worker} {what}"))
     if trial is not None:

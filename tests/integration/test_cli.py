@@ -30,6 +30,7 @@ from api_client.client import ModerationClient
 from bench.tiny import write_tiny_version
 from cli.embedded_system import SHORTEST_LIFE_S
 from cli.terminal import PLAIN_WIDTH, out
+from cli.versions import MOST_LOADS
 from config.names import INTERACTIVE_QUEUE, LABELS, MODERATE_QUEUES
 from config.policy import parse_policy
 from config.settings import ROOT
@@ -39,7 +40,7 @@ from db.trials import TrialScoreRow, record_trial_scores
 from model.engine import load_scorer
 from model.version import WEIGHTS_FILE
 from tests.commands import run_here
-from tests.integration.rows import decide, letter, minutes, scored
+from tests.integration.rows import NOON, decide, letter, minutes, scored
 from tests.services import wait_until
 
 VERSION = "tiny-1"
@@ -434,7 +435,7 @@ class TestReading:
 
 
 class TestVersions:
-    def test_a_version_on_disk_is_registered_when_it_is_activated(self, moderato: Moderato) -> None:
+    def test_a_version_on_disk_is_registered_when_it_is_activated(self, moderato: Moderato, sqlite_url: str) -> None:
         # Given a version that was copied into the versions directory
         moderato("activate", VERSION, "--reason", "first")
         # Then it is listed with its figures, and who activated it
@@ -443,6 +444,17 @@ class TestVersions:
         assert listed["versions"][0]["metrics"]["holdout_int8"]["rows"] == 120
         assert listed["activations"][0]["reason"] == "first"
         assert VERSION in moderato("models").stdout
+        # And of the workers that loaded it, each under another name, the newest are listed
+        activation_id = listed["activations"][0]["activation_id"]
+        database = open_database(sqlite_url)
+        with writing(database) as connection:
+            for pod in [f"pod-{number:02}@here" for number in range(MOST_LOADS + 5)]:
+                queries.record_load(
+                    connection, activation_id=activation_id, worker=pod, version=VERSION, error=None, now=NOON
+                )
+        database.dispose()
+        said = re.findall(r"pod-\d\d@here", moderato("models").stdout)
+        assert said == [f"pod-{number:02}@here" for number in range(5, MOST_LOADS + 5)]
 
     def test_a_version_that_is_nowhere(self, moderato: Moderato) -> None:
         assert moderato("activate", "v9", status=1).stderr.startswith("moderato: version v9: there is no directory")
