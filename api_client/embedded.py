@@ -10,7 +10,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -81,6 +81,7 @@ class EmbeddedRedis:
         """
         self.directory = embedded_directory() if directory is None else directory
         self.socket = self.directory / "redis.sock"
+        self._lock = self.directory / "starting.lock"
         self.data = data
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,7 +115,7 @@ class EmbeddedRedis:
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # Two starting at once would both find no socket, and then write one append-only file together.
-        with _only_one(self.directory / "starting.lock"):
+        with _only_one(self._lock):
             self._refuse_second()
             self.socket.unlink(missing_ok=True)
             with self.log.open("ab") as output:
@@ -129,20 +130,28 @@ class EmbeddedRedis:
             try:
                 self._wait_until_ready(self._process, said_from)
             except BaseException:
-                self.stop()
+                self._end(self._process)
                 raise
 
     def stop(self) -> None:
         """Let Redis finish its file and end; kill it where it does not. Does nothing where none was started."""
         if self._process is None:
             return
-        self._process.terminate()
+        with ExitStack() as stack:
+            with suppress(OSError):  # the folder is gone: something tidied /tmp
+                stack.enter_context(_only_one(self._lock))
+            self._end(self._process)
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
+        process.terminate()
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self.socket.unlink(missing_ok=True)
+            process.kill()
+            process.wait()
+        # Where ours died before, the socket may be that of a later one. None can start here while the lock is held.
+        if not self._is_listened_on():
+            self.socket.unlink(missing_ok=True)
         self._process = None
 
     def _options(self) -> list[str]:
@@ -159,13 +168,18 @@ class EmbeddedRedis:
         }
         return [argument for name, value in options.items() for argument in (f"--{name}", value)]
 
-    def _refuse_second(self) -> None:
+    def _is_listened_on(self) -> bool:
+        """False also of a socket that a killed Redis left behind."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(self.socket))
             except (FileNotFoundError, ConnectionRefusedError):
-                # A socket that nobody listens on is what a killed Redis left behind.
-                return
+                return False
+        return True
+
+    def _refuse_second(self) -> None:
+        if not self._is_listened_on():
+            return
         with Redis(unix_socket_path=str(self.socket)) as other:
             process_id = other.info("server")["process_id"]
         raise AlreadyRunning(

@@ -1,29 +1,34 @@
 """`moderato demo`: the whole system on real comments, from the first submission to a model swapped in mid-stream."""
 
 import csv
+import fcntl
 import itertools
+import os
+import shutil
 import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import make_url
 
 from api_client.client import ModerationClient
+from api_client.embedded import EmbeddedRedis
 from cli.embedded_system import embedded_system
 from cli.terminal import ACTION_STYLES, Problem, out, progress, say, shorten, shown, user
 from cli.training import follow_run, verdict
 from config.names import LABELS, Action
-from config.settings import ROOT, settings, without_password
+from config.settings import PREFIX, ROOT, embedded_directory, settings
 from db.queries import Result, RunRow
 
+FOLDER = ROOT / "var" / "demo"
+"""Of Redis' file, the database, versions and logs: apart from those of `moderato up`, and made anew each time."""
 SAMPLES = ROOT / "samples" / "comments.csv"
 DECIDE_TIMEOUT_S = 600
 CORRECTIONS = 8
@@ -56,26 +61,67 @@ def run_demo() -> None:
     """Start everything, show everything, stop everything.
 
     Raises:
-        Problem: a step did not come out as it must.
+        Problem: a step did not come out as it must, or another demo runs.
     """
-    chosen = settings()
+    redis = EmbeddedRedis(Path(f"{embedded_directory()}-demo"), data=FOLDER / "redis", log=FOLDER / "log" / "redis.log")
+    with only_demo(FOLDER.with_suffix(".lock")):
+        if FOLDER.exists():
+            shutil.rmtree(FOLDER)
+        # The processes that it starts read the environment too.
+        own = own_environment(os.environ, redis.url)
+        os.environ.clear()
+        os.environ.update(own)
+        settings.cache_clear()
+        _run(redis)
+
+
+@contextmanager
+def only_demo(lock: Path) -> Iterator[None]:
+    """Hold this file while the context is open.
+
+    Raises:
+        Problem: another process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            raise Problem(f"a demo runs already (process {held.read()}): wait for its end, or stop it") from None
+        held.truncate(0)
+        held.write(str(os.getpid()))
+        held.flush()
+        yield
+
+
+def own_environment(environment: Mapping[str, str], broker_url: str) -> dict[str, str]:
+    """The same without anybody's settings, so that it comes out the same for everyone, and with the demo's places."""
+    others = {name: value for name, value in environment.items() if not name.startswith(PREFIX)}
+    return others | {
+        "MODERATO_BROKER_URL": broker_url,
+        "MODERATO_DATABASE_URL": f"sqlite:///{FOLDER / 'moderato.db'}",
+        "MODERATO_VERSIONS_DIR": str(FOLDER / "versions"),
+    }
+
+
+def _run(redis: EmbeddedRedis) -> None:
     samples = _read_samples()
-    # A community of this run's own keeps its comments apart from those of earlier ones; the default policy judges it.
-    community = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    with embedded_system(chosen), ModerationClient() as client:
+    community = "demo"  # the default policy judges it
+    with embedded_system(settings(), redis, FOLDER / "log"), ModerationClient() as client:
         _heading(f"1. {len(samples):,} real comments through the queue")
         decided = _decide(client, samples, community)
         _show_batches(decided)
         _show_actions(decided)
         _show_highest(client, community)
 
-        _heading("2. A moderator corrects the decisions that the known labels contradict most")
+        _heading("2. A moderator corrects clear mistakes")
         _correct(client, samples, decided)
 
         _heading("3. Retrain on the corrections, and change the model while comments go on streaming")
         _retrain_and_swap(client, samples, f"{community}-stream")
-    _heading("Done. Everything is stopped, and everything is kept")
-    _farewell(chosen.database_url, community)
+    _heading("Done. Everything is stopped")
+    _farewell(community)
 
 
 def _read_samples() -> list[Sample]:
@@ -139,15 +185,30 @@ def _show_highest(client: ModerationClient, community: str) -> None:
     out.print(table)
 
 
+def clear_action(labels: Mapping[str, bool]) -> Action | None:
+    """What people's labels of a comment call for; None where they may be mistaken, as single labels often are."""
+    if sum(labels.values()) > 1:
+        return Action.HIDE
+    return Action.ALLOW if len(labels) == len(LABELS) and not any(labels.values()) else None
+
+
+def is_clear_mistake(labels: Mapping[str, bool], decided: Action) -> bool:
+    """Whether a moderator would certainly undo this decision."""
+    should = clear_action(labels)
+    is_hidden = decided in (Action.HIDE, Action.REMOVE)
+    return (should is Action.HIDE and not is_hidden) or (should is Action.ALLOW and is_hidden)
+
+
 def _correct(client: ModerationClient, samples: Sequence[Sample], decided: Sequence[Result]) -> None:
     def conflict(row: Result) -> float:
-        labels = samples[int(row.comment_id)].labels
-        return max((abs(row.scores[label] - known) for label, known in labels.items()), default=0.0)
+        return max(abs(row.scores[label] - known) for label, known in samples[int(row.comment_id)].labels.items())
 
     table = Table("the model said", "the moderator says", "comment (may be abusive)")
-    for row in sorted(decided, key=conflict, reverse=True)[:CORRECTIONS]:
+    mistakes = [row for row in decided if is_clear_mistake(samples[int(row.comment_id)].labels, Action(row.action))]
+    for row in sorted(mistakes, key=conflict, reverse=True)[:CORRECTIONS]:
         labels = samples[int(row.comment_id)].labels
-        action = Action.HIDE if any(labels.values()) else Action.ALLOW
+        action = clear_action(labels)
+        assert action is not None
         client.review(row.submission_id, action=action, labels=labels, reviewer="demo moderator", note="demo")
         model = f"{row.action}, toxic {row.toxic:.2f}"
         person = f"{action}, {', '.join(label for label, known in labels.items() if known) or 'not toxic'}"
@@ -168,7 +229,7 @@ def _retrain_and_swap(client: ModerationClient, samples: Sequence[Sample], commu
         run = follow_run(client, run_id, on_look)
         say(verdict(run))
         if run.state == "failed":
-            raise Problem("the demo ends here; var/log/trainer.log says more")
+            raise Problem("the demo ends here; var/demo/log/trainer.log says more")
         assert run.version is not None
         forced = run.state == "refused"
         stream.begin()
@@ -255,7 +316,9 @@ def _wait_until_loaded(client: ModerationClient, stream: _Stream) -> None:
                     raise Problem(f"{load.worker} refused {active.version} and goes on: {load.error}")
                 loaded_at = len(stream.ids) if loaded_at is None else loaded_at
             if time.monotonic() > deadline:
-                raise Problem(f"no worker followed the activation of {active.version}; var/log/worker.log says more")
+                raise Problem(
+                    f"no worker followed the activation of {active.version}; var/demo/log/worker.log says more"
+                )
             time.sleep(0.1)
 
 
@@ -274,18 +337,15 @@ def _show_stream(client: ModerationClient, ids: Sequence[str], community: str, v
     out.print(table)
 
 
-def _farewell(database_url: str, community: str) -> None:
+def _farewell(community: str) -> None:
     query = (
         "SELECT action, decided_by, COUNT(*) FROM current_actions "  # noqa: S608 (shown, never executed)
         f"WHERE community = '{community}' GROUP BY action, decided_by"
     )
-    url = make_url(database_url)
-    say(f"The database is {without_password(database_url)}. A query to try:\n")
-    if url.get_backend_name() == "sqlite":
-        path = url.database
-        say(f"  python3 -c \"import sqlite3; print(*sqlite3.connect('{path}').execute(\\\"{query}\\\"), sep='\\n')\"")
-    else:
-        say(f"  {query};")
+    database = FOLDER / "moderato.db"
+    say(f"Its database, versions and logs stay in {FOLDER} until the next demo. Two looks at them:\n")
+    say(f"  python3 -c \"import sqlite3; print(*sqlite3.connect('{database}').execute(\\\"{query}\\\"), sep='\\n')\"")
+    say(f"  MODERATO_DATABASE_URL=sqlite:///{database} moderato results --text")
     say("\nTo go on by hand: `moderato up`, and in another terminal `moderato submit`, `results`, `models`, …")
 
 

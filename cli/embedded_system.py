@@ -12,11 +12,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from cli.terminal import Problem, err, say
 from config.names import MODERATE_QUEUES, RETRAIN_QUEUE
 from config.settings import ROOT, Settings
+
+if TYPE_CHECKING:
+    from api_client.embedded import EmbeddedRedis
 
 LOG_DIRECTORY = ROOT / "var" / "log"
 READY_TIMEOUT_S = 120
@@ -57,20 +60,24 @@ class Service:
 
 
 @contextmanager
-def embedded_system(settings: Settings) -> Iterator[list[Service]]:
+def embedded_system(
+    settings: Settings, redis: "EmbeddedRedis | None", log_directory: Path = LOG_DIRECTORY
+) -> Iterator[list[Service]]:
     """Everything runs and answers while the context is open; on leaving it, however that comes, nothing is left.
 
     Ctrl-C, SIGTERM and SIGHUP stop it in order: worker, trainer, Redis. A second one while it stops kills what is left.
+    Under nohup SIGHUP stays ignored.
+
+    Args:
+        redis: started first and stopped last; None where the settings name another broker.
 
     Raises:
         RedisProblem: the embedded Redis cannot be started.
         Problem: the worker or the trainer ended, or did not answer in time; the message holds its last words.
     """
-    from api_client.embedded import EmbeddedRedis
     from db.migrate import upgrade
 
     services: list[Service] = []
-    redis = EmbeddedRedis() if settings.broker_url == EmbeddedRedis().url else None
     with _Signals(on_repeated=lambda: _kill(services)) as signals:
         try:
             if redis is not None:
@@ -79,7 +86,7 @@ def embedded_system(settings: Settings) -> Iterator[list[Service]]:
             upgrade(settings.database_url)
             for name, command in _commands(settings).items():
                 with signals.deferred():
-                    services.append(_start(name, command))
+                    services.append(_start(name, command, log_directory))
             _wait_until_ready(services)
             yield services
         finally:
@@ -102,7 +109,11 @@ class _Signals:
         self._received: int | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # SIGINT is taken also where a shell started this in the background with SIGINT ignored: processes started from
+        # here would ignore it too, and it is how people stop things.
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        taken = [number for number in SIGNALS if not (under_nohup and number == signal.SIGHUP)]
+        self._previous = {number: signal.signal(number, self._receive) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,9 +159,9 @@ def _commands(settings: Settings) -> dict[str, list[str]]:
     return commands
 
 
-def _start(name: str, command: list[str]) -> Service:
-    LOG_DIRECTORY.mkdir(parents=True, exist_ok=True)
-    log = LOG_DIRECTORY / f"{name}.log"
+def _start(name: str, command: list[str], log_directory: Path) -> Service:
+    log_directory.mkdir(parents=True, exist_ok=True)
+    log = log_directory / f"{name}.log"
     with log.open("ab") as output:
         return Service(
             name,
@@ -216,7 +227,7 @@ def keep_running(services: list[Service]) -> None:
                 _check_alive([service])
             service.send(signal.SIGKILL)  # a child of its pool may be left
             say(f"the {service.name} ended with status {service.process.returncode}; starting it again")
-            services[index] = _start(service.name, service.command)
+            services[index] = _start(service.name, service.command, service.log.parent)
 
 
 def _kill(services: list[Service]) -> None:

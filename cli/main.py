@@ -71,7 +71,7 @@ def in_a_line(error: Exception) -> str | None:
 app = typer.Typer(
     cls=Commands,
     help="Moderate comments: submit them to a queue, read the decisions, correct them, retrain, swap the model live. "
-    "Begin with `moderato up`, or with `moderato demo` to see all of it in three minutes.",
+    "Begin with `moderato up`, or with `moderato demo` to see all of it in a few minutes.",
     no_args_is_help=True,
     # A traceback with local variables would show comments.
     pretty_exceptions_enable=False,

@@ -15,29 +15,42 @@ def up() -> None:
 
     Example: moderato up
     """
+    from api_client.embedded import EmbeddedRedis
     from cli.embedded_system import LOG_DIRECTORY, embedded_system, keep_running
     from config.settings import settings, without_password
 
     chosen = settings()
-    with embedded_system(chosen) as services:
-        say(
-            f"{', '.join(service.name for service in services)} are running; Ctrl-C stops them\n\n"
-            f"  broker    {without_password(chosen.broker_url)}\n"
-            f"  database  {without_password(chosen.database_url)}\n"
-            f"  logs      {LOG_DIRECTORY}\n\n"
-            "Try in another terminal:\n\n"
-            '  moderato submit "You are right, thank you." "You are an idiot." --wait\n'
-            "  moderato results --text\n"
-            "  moderato review next\n"
-            "  moderato review SUBMISSION --action allow --label toxic=0\n"
-            "  moderato retrain --set max_rows=300 --set epochs=1 --follow\n"
-            "  moderato models"
-        )
-        keep_running(services)
+    broker, database = without_password(chosen.broker_url), without_password(chosen.database_url)
+    redis = EmbeddedRedis()
+    is_embedded = chosen.broker_url == redis.url
+    try:
+        with embedded_system(chosen, redis if is_embedded else None) as services:
+            say(
+                f"{', '.join(service.name for service in services)} are running; Ctrl-C stops them\n\n"
+                f"  broker    {broker}\n"
+                f"  database  {database}\n"
+                f"  logs      {LOG_DIRECTORY}\n\n"
+                "Try in another terminal:\n\n"
+                '  moderato submit "You are right, thank you." "You are an idiot." --wait\n'
+                "  moderato results --text\n"
+                "  moderato review next\n"
+                "  moderato review SUBMISSION --action allow --label toxic=0\n"
+                "  moderato retrain --set max_rows=300 --set epochs=1 --follow\n"
+                "  moderato models"
+            )
+            keep_running(services)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        say(f"stopped; what is queued is in {redis.data if is_embedded else broker}, what is decided in {database}")
+        if isinstance(stopped, SystemExit):
+            raise
+        raise typer.Exit(130) from None
 
 
 def demo() -> None:
-    """See all of it in about three minutes: 2,000 real comments, corrections, a retrain, a swap in mid-stream.
+    """See all of it in a few minutes: 2,000 real comments, corrections, a retrain, a swap in mid-stream.
+
+    It uses Redis, a database and versions of its own in var/demo, which it makes anew each time, and the default
+    settings: not yours.
 
     Example: moderato demo
     """

@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for: a real Redis, and real databases with and without our tables."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ SQL_TESTED_ELSEWHERE = {
     "test_swap",
 }
 """Modules that are about something else, and ask only what the tests of db/ ask of both databases."""
+
+# A shell ignores SIGINT for what it starts in the background, and so would every process that a test starts and
+# interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("moderato", deadline=None)

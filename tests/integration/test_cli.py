@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -65,8 +65,13 @@ class Moderato:
         assert done.returncode == status, done.stderr
         return done
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Start a command that goes on until it is stopped."""
+    def start(self, *arguments: str, ignoring: Sequence[signal.Signals] = ()) -> "subprocess.Popen[str]":
+        """Start a command that goes on until it is stopped, where these signals were ignored before."""
+
+        def ignore() -> None:
+            for number in ignoring:
+                signal.signal(number, signal.SIG_IGN)
+
         return subprocess.Popen(
             [sys.executable, "-m", "cli.main", *arguments],
             cwd=ROOT,
@@ -75,6 +80,7 @@ class Moderato:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=ignore,
         )
 
 
@@ -709,9 +715,9 @@ class TestDatabase:
 class TestRunningEverything:
     @pytest.fixture
     def running(self, moderato: Moderato) -> Iterator["subprocess.Popen[str]"]:
-        """`moderato up`, with worker and trainer answering."""
+        """`moderato up`, started as by nohup in the background of a script, with worker and trainer answering."""
         moderato("activate", VERSION)
-        process = moderato.start("up")
+        process = moderato.start("up", ignoring=(signal.SIGINT, signal.SIGHUP))
         yield process
         process.kill()
         process.communicate()
@@ -725,8 +731,9 @@ class TestRunningEverything:
         number: signal.Signals,
         status: int,
     ) -> None:
-        # Given the running system, which decides a comment, whichever queue it waits in
+        # Given the running system, which decides a comment after its terminal was closed, whichever queue it waits in
         wait_until(lambda: all(client.nodes()), timeout_s=120, what="worker and trainer")
+        running.send_signal(signal.SIGHUP)
         [stats] = client.activity().pipelines.values()
         assert set(stats.queues or ()) == set(MODERATE_QUEUES)
         interactive = "submit", "hello", "--queue", INTERACTIVE_QUEUE
@@ -736,8 +743,9 @@ class TestRunningEverything:
         assert len(started) >= 3  # worker, trainer, and the child of the trainer's pool
         # When the command is told to stop
         running.send_signal(number)
-        # Then it says so by its status, and leaves no process behind
-        running.communicate(timeout=60)
+        # Then it says so by its status, and where everything is, and leaves no process behind
+        _, said = running.communicate(timeout=60)
+        assert moderato.environment["MODERATO_DATABASE_URL"] in said.splitlines()[-1]
         assert running.returncode == status
         wait_until(lambda: not any(map(is_running, started)), timeout_s=30, what="the end of every process")
 

@@ -84,6 +84,21 @@ class TestRunning:
             os.kill(client.info("server")["process_id"], signal.SIGKILL)
         assert not redis.socket.exists()
 
+    def test_stopping_leaves_the_socket_of_a_later_one(self, folder: Path) -> None:
+        # Given one that was killed, and another one that started in its place
+        killed, later = redis_in(folder), redis_in(folder)
+        killed.start()
+        with client_of(killed) as client:
+            process_id = client.info("server")["process_id"]
+        os.kill(process_id, signal.SIGKILL)
+        wait_until(lambda: not killed._is_listened_on(), what="the death of the first")
+        with later:
+            # When the one that started the first notices and stops
+            killed.stop()
+            # Then the later one can be reached
+            with client_of(later) as client:
+                assert client.ping()
+
     def test_ctrl_c_in_the_terminal_does_not_reach_it(self, folder: Path) -> None:
         with redis_in(folder) as redis, client_of(redis) as client:
             # A terminal's Ctrl-C goes to the group of processes in its foreground.
