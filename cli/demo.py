@@ -33,6 +33,7 @@ SAMPLES = ROOT / "samples" / "comments.csv"
 DECIDE_TIMEOUT_S = 600
 CORRECTIONS = 8
 RETRAIN = {
+    "min_corrections": 0,
     "max_rows": 300,
     "max_holdout_rows": 300,
     "robustness_rows": 100,

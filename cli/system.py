@@ -35,7 +35,7 @@ def up() -> None:
                 "  moderato results --text\n"
                 "  moderato review next\n"
                 "  moderato review SUBMISSION --action allow --label toxic=0\n"
-                "  moderato retrain --set max_rows=300 --set epochs=1 --follow\n"
+                "  moderato retrain --set min_corrections=1 --set max_rows=300 --set epochs=1 --follow\n"
                 "  moderato models"
             )
             keep_running(services)

@@ -136,8 +136,16 @@ def train(
             resume=resume,
         )
     if written is not None:
-        say(f"version {name} is in {written.directory}")
         show_evaluation(written.evaluation.as_dict())
+        say(f"version {name} is in {written.directory}")
+        if written.without_report is not None:
+            say(f"warning: it has no report: {written.without_report}")
+            say(f"`moderato report {written.directory}` writes one")
+        say(
+            f"next: `moderato canary start {name}` lets it decide a small share, `moderato activate {name}` everything"
+            if output is None
+            else f"next: copy it to {name} in the versions directory, then `moderato activate {name}`"
+        )
 
 
 @contextmanager
@@ -190,7 +198,8 @@ def verdict(run: "RunRow") -> str:
     if run.state == "promoted":
         return f"version {run.version} is active now: {run.reason}"
     if run.state == "refused":
-        return f"the gate refused version {run.version}: {run.reason}"
+        what = "no version was trained" if run.version is None else f"version {run.version} was not activated"
+        return f"{what}: {run.reason}"
     return f"the run failed and changed nothing: {run.reason}"
 
 

@@ -50,12 +50,14 @@ app.command()(prune)
 
 @app.callback()
 def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """List the model versions, the active one, and which of them each worker loaded.
+    """List the model versions, the active one, and which of them each worker loaded; also those in the versions
+    directory that are not used yet.
 
     Example: moderato models
     """
     from api_client.client import ModerationClient
     from config.settings import settings
+    from model.pruning import versions_on_disk
     from model.version import was_pruned
 
     with ModerationClient() as client:
@@ -63,7 +65,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         loads = client.loads(activations[0].activation_id) if activations else []
         trial = client.live_trial()
     active = activations[0].version if activations else None
-    pruned = {row.version for row in versions if was_pruned(row.version, settings().versions_dir)}
+    versions_dir = settings().versions_dir
+    pruned = {row.version for row in versions if was_pruned(row.version, versions_dir)}
+    unregistered = sorted(versions_on_disk(versions_dir).keys() - {row.version for row in versions})
     if as_json:
         listed = [
             {
@@ -76,7 +80,15 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
             }
             for row in versions
         ]
-        print_json({"versions": listed, "activations": activations, "loads": loads, "trial": trial})
+        print_json(
+            {
+                "versions": listed,
+                "unregistered": unregistered,
+                "activations": activations,
+                "loads": loads,
+                "trial": trial,
+            }
+        )
         return
     table = Table("", "version", "parent", "registered", "mean ROC-AUC", "held-out rows")
     for row in versions:
@@ -90,7 +102,11 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
             "" if mean is None else f"{mean:.4f}",
             f"{measured.get('rows', '')}",
         )
+    for name in unregistered:
+        table.add_row("not used yet", name)
     out.print(table)
+    if unregistered:
+        say("`moderato canary start NAME` or `moderato activate NAME` puts a version to use that is not used yet")
     for activation in activations:
         line = f"{shown(activation.activated_at)}  {activation.version} activated by {activation.activated_by}: "
         out.print(Text(line + activation.reason))

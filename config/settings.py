@@ -271,6 +271,7 @@ class TrainerSettings(Section):
     max_rows: int = Field(ge=0)
     max_holdout_rows: int = Field(ge=0)
     validation_share: float = Field(ge=0, lt=1)
+    min_corrections: int = Field(ge=0)
     correction_repeats: int = Field(ge=1, le=100)
     evasion_share: float = Field(ge=0, le=10)
     synonym_share: float = Field(ge=0, le=10)

@@ -47,7 +47,10 @@ def count_runs(connection: Connection) -> dict[str, int]:
 
 def count_waiting_reviews(connection: Connection) -> int:
     """Reviews that no finished training has seen, up to MOST_REVIEWS."""
-    seen_until = select(func.max(TrainingRun.started_at)).where(TrainingRun.state.in_(("promoted", "refused")))
+    # A run that was refused before it trained wrote no version, and has seen none.
+    seen_until = select(func.max(TrainingRun.started_at)).where(
+        TrainingRun.state.in_(("promoted", "refused")), TrainingRun.version.is_not(None)
+    )
     newest = select(Review.reviewed_at).order_by(Review.review_id.desc()).limit(MOST_REVIEWS).subquery()
     waiting = select(func.count()).select_from(newest)
     if (started_at := connection.scalar(seen_until)) is not None:

@@ -263,7 +263,8 @@ class TrainingRun(Base):
 
     run_id: Mapped[str] = mapped_column(String(36), primary_key=True)
     state: Mapped[str] = mapped_column(String(16))
-    """`requested`, `running`, `promoted`, `refused` (by the gate) or `failed`."""
+    """`requested`, `running`, `promoted`, `refused` (by the gate, as superseded, or for too few corrections: see
+    `reason`) or `failed`."""
     requested_at: Mapped[datetime]
     requested_by: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     overrides: Mapped[dict[str, Any]]

@@ -67,7 +67,7 @@ def roc_curves(curves: Mapping[str, Curve]) -> Markup:
     """False and true positive rate of each label. The axis is logarithmic: what is harmless is by far the most."""
     with _drawing("ROC curve of each label", height_in=3.2) as (axes, drawn):
         for n, (label, (false_positives, true_positives)) in enumerate(curves.items()):
-            axes.plot(false_positives, true_positives, color=SERIES[n], linestyle=DASHES[n], label=label)
+            axes.plot(false_positives, true_positives, color=_colour(n), linestyle=_dashes(n), label=label)
         axes.set(xscale="log", xlim=(1e-3, 1), ylim=(0, 1.02))
         axes.set(xlabel="harmless comments that are flagged (logarithmic)", ylabel="harmful comments that are found")
         axes.xaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
@@ -80,7 +80,7 @@ def precision_recall_curves(curves: Mapping[str, Curve]) -> Markup:
     """Recall and precision of each label."""
     with _drawing("Precision and recall of each label", height_in=3.2) as (axes, drawn):
         for n, (label, (recall, precision)) in enumerate(curves.items()):
-            axes.plot(recall, precision, color=SERIES[n], linestyle=DASHES[n], label=label)
+            axes.plot(recall, precision, color=_colour(n), linestyle=_dashes(n), label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.set(xlabel="recall: harmful comments that are found", ylabel="precision: flagged ones that are harmful")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -121,10 +121,10 @@ def dots(
             at = [(line + offset, row[name]) for line, row in enumerate(rows.values()) if name in row]
             for height, dot in at:
                 if dot.interval is not None:
-                    axes.plot(dot.interval, (height, height), color=SERIES[n], linewidth=1.2)
+                    axes.plot(dot.interval, (height, height), color=_colour(n), linewidth=1.2)
             values = [dot.value for _, dot in at]
             heights = [height for height, _ in at]
-            axes.plot(values, heights, color=SERIES[n], marker=SHAPES[n], linestyle="none", label=name)
+            axes.plot(values, heights, color=_colour(n), marker=_shape(n), linestyle="none", label=name)
         if reference is not None:
             axes.axvline(reference[1], color=INK, linestyle="--", linewidth=1, label=reference[0])
         axes.set(xlabel=axis, ylim=(len(rows) - 0.5, -0.5))
@@ -148,14 +148,27 @@ def history(title: str, points: Sequence[Mapping[str, Any]], series: Mapping[str
     with _drawing(title, height_in=2.5) as (axes, drawn):
         for n, (key, name) in enumerate(series.items()):
             known = [(point["step"], point[key]) for point in points if point.get(key) is not None]
-            shape = SHAPES[n] if len(known) < 20 else ""
-            axes.plot(*zip(*known, strict=True), color=SERIES[n], linestyle=DASHES[n], marker=shape, label=name)
+            shape = _shape(n) if len(known) < 20 else ""
+            axes.plot(*zip(*known, strict=True), color=_colour(n), linestyle=_dashes(n), marker=shape, label=name)
         axes.set(xlabel="step", ylabel=axis)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if len(series) > 1:
             axes.legend(handlelength=3.2)
     return drawn[0]
+
+
+def _colour(n: int) -> str:
+    """Of the n-th series. Its dashes and its shape tell it from another one of the same colour."""
+    return SERIES[n % len(SERIES)]
+
+
+def _dashes(n: int) -> Any:
+    return DASHES[(n + n // len(SERIES)) % len(DASHES)]
+
+
+def _shape(n: int) -> str:
+    return SHAPES[(n + n // len(SERIES)) % len(SHAPES)]
 
 
 @contextmanager

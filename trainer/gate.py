@@ -211,13 +211,19 @@ def _in_words(comparisons: Sequence[Comparison], rows: int, bars: TrainerSetting
     failures = sorted((each for each in comparisons if not each.passed), key=_beyond_bar, reverse=True)
     verdict = "not worse than the active version"
     if failures:
-        verdict = "worse than the active version" if _beyond_bar(failures[0]) > 0 else "not shown to be no worse"
+        is_worse = _beyond_bar(failures[0]) > 0
+        verdict = "worse than the active version" if is_worse else "may be worse than the active version"
         verdict += f": {'; '.join(map(_failure, failures[:MOST_NAMED]))}"
         verdict += f"; and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
     aucs = [each for each in comparisons if each.figure == ROC_AUC]
     figures = ", ".join(f"{each.of} {each.candidate:.4f} (active {each.active:.4f})" for each in aucs)
     few = [f"{each.of} ({each.positives} positives, {each.negatives} negatives)" for each in aucs if each.bar is None]
-    unjudged = f". Judged in the mean alone, for want of {bars.min_label_positives}: {', '.join(few)}" if few else ""
+    unjudged = (
+        f". Fewer than {bars.min_label_positives} positives or negatives, so not judged by its own ROC-AUC: "
+        f"{', '.join(few)}"
+        if few
+        else ""
+    )
     return f"{verdict}. ROC-AUC on {rows} held-out rows: {figures}{unjudged}"
 
 
@@ -228,6 +234,6 @@ def _beyond_bar(failed: Comparison) -> float:
 
 def _failure(failed: Comparison) -> str:
     return (
-        f"{failed.of} {failed.figure} worse by {failed.worse_by:.4f}, and by up to {failed.interval[1]:.4f} with 95 % "
-        f"confidence, where {failed.bar:g} is allowed"
+        f"{failed.of} {failed.figure} is worse by {failed.worse_by:.4f} (with 95 % confidence by up to "
+        f"{failed.interval[1]:.4f}; {failed.bar:g} is allowed)"
     )

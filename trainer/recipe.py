@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,9 +37,11 @@ from trainer.curve import draw_curve
 from trainer.dataset import Dataset
 from trainer.evaluation import Evaluation, evaluate
 from trainer.export import export_int8
-from trainer.report import write_report
+from trainer.report import CARD_FILE, REPORT_FILE, write_report
 from trainer.soundness import check_batching, check_int8, compare_int8
 from trainer.training import Progress, Report, fine_tune, process_rank
+
+logger = logging.getLogger(__name__)
 
 CURVE_FILE = "training.png"
 TENSORBOARD_FOLDER = ".tensorboard"
@@ -68,6 +71,8 @@ class WrittenVersion:
     manifest: Manifest
     directory: Path
     evaluation: Evaluation
+    without_report: str | None
+    """Why it has neither drawings nor a report; None where it has them."""
 
 
 def from_version(directory: Path) -> StartingPoint:
@@ -180,11 +185,28 @@ def train_version(
                 "int8": int8,
             },
         }
-        draw_curve(trained.history, written / CURVE_FILE)
-        write_report(written, facts, scores=evaluation.scores, truth=evaluation.truth)
+        without_report = _try_to_report(written, facts, trained.history, evaluation)
         manifest = write_manifest(written, facts)
         load_scorer(written, device="cpu", engine="onnx")  # as a worker will: verified, probes scored
-    return WrittenVersion(manifest, directory, evaluation)
+    return WrittenVersion(manifest, directory, evaluation, without_report)
+
+
+def _try_to_report(
+    written: Path, facts: Mapping[str, Any], history: Sequence[Mapping[str, float | None]], evaluation: Evaluation
+) -> str | None:
+    """Draw the training's course and write the report; why that failed, else None.
+
+    A failure only costs the documents: the version has taken hours, and `moderato report` can write its page later.
+    """
+    try:
+        draw_curve(history, written / CURVE_FILE)
+        write_report(written, facts, scores=evaluation.scores, truth=evaluation.truth)
+    except Exception as error:
+        logger.warning("version %s is written without its report", facts["version"], exc_info=True)
+        for file in (CURVE_FILE, REPORT_FILE, CARD_FILE):
+            (written / file).unlink(missing_ok=True)
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _write_encoder(start: StartingPoint, written: Path) -> None:

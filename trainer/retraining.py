@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from celery import Celery
 from sqlalchemy import Connection, Engine
@@ -50,6 +50,10 @@ class NothingToTrain(Exception):
     """A run that cannot begin; the message says what is missing."""
 
 
+class TooFewCorrections(Exception):
+    """A run that nothing is wrong with, but for what it would learn from; the message says how many there are."""
+
+
 def carry_out(run_id: str, settings: Settings) -> None:
     """Carry out a requested run. Its row ends as promoted, refused or failed, with the reason.
 
@@ -73,17 +77,13 @@ def carry_out(run_id: str, settings: Settings) -> None:
     except queries.RunIsOver as error:
         logger.error("run %s stops: %s", run_id, error)
         return
+    except TooFewCorrections as few:
+        logger.warning("run %s is refused: %s", run_id, few)
+        _end(database, run_id, "refused", str(few))
+        return
     except Exception as error:
         logger.exception("run %s failed", run_id)
-        reason = f"{type(error).__name__}: {error}"
-        with suppress(queries.RunIsOver):
-            _write(
-                database,
-                run_id,
-                lambda connection: queries.finish_run(
-                    connection, run_id, state="failed", reason=reason, now=database_time(connection)
-                ),
-            )
+        _end(database, run_id, "failed", f"{type(error).__name__}: {error}")
         return
     finally:
         stopped.set()
@@ -91,6 +91,14 @@ def carry_out(run_id: str, settings: Settings) -> None:
         database.dispose()
     if promoted:
         _tell_workers(settings)
+
+
+def _end(database: Engine, run_id: str, state: Literal["refused", "failed"], reason: str) -> None:
+    def end(connection: Connection) -> None:
+        queries.finish_run(connection, run_id, state=state, reason=reason, now=database_time(connection))
+
+    with suppress(queries.RunIsOver):
+        _write(database, run_id, end)
 
 
 def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
@@ -105,6 +113,12 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
         raise NothingToTrain("no version is active yet: start a worker once, or activate a version")
     # No checkpoints: a run whose process dies has failed, and nobody goes on with it.
     chosen = trainer_settings(settings, run.overrides | {"checkpoint_steps": 0})
+    if "train_files" not in run.overrides and len(corrections) < chosen.min_corrections:
+        raise TooFewCorrections(
+            f"{len(corrections)} comments were corrected by people, and trainer.min_corrections asks for "
+            f"{chosen.min_corrections}; review more (`moderato review next`), or retrain with "
+            f"--set min_corrections={len(corrections)}"
+        )
     parent_directory = version_directory(active.version, settings.versions_dir)
     # Verified by loading it as a worker would; also what the candidate is compared with.
     parent = load_scorer(parent_directory, device="cpu", expected_version=active.version)
@@ -156,9 +170,9 @@ def _retrain(run_id: str, settings: Settings, database: Engine) -> bool:
             now=now,
         )
         if promoted:
-            queries.activate(
-                connection, version=version, instead_of=newest, by=BY, reason=f"run {run_id}: {reason}", now=now
-            )
+            # The first sentence; the figures are in the run's row.
+            why = f"run {run_id}: {reason.partition('. ')[0]}"
+            queries.activate(connection, version=version, instead_of=newest, by=BY, reason=why, now=now)
         return promoted, reason
 
     promoted, reason = _write(database, run_id, give_verdict)

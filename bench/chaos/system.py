@@ -43,6 +43,7 @@ PRODUCERS: Mapping[str, str] = {"singles": "singles", "keyed": "keyed", "lists":
 MUTATED = "mutated"
 
 QUICK_TRAINING = {
+    "MIN_CORRECTIONS": "0",
     "MAX_ROWS": "96",
     "MAX_HOLDOUT_ROWS": "120",
     "BATCH_SIZE": "8",

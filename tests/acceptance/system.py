@@ -37,6 +37,7 @@ SMALL_STEPS = {"max_batch_tokens": "128", "window_tokens": "256", "max_held_comm
 """Worker settings with which a queue lasts long enough to do something in the middle of it."""
 
 QUICK_TRAINING = {
+    "MODERATO_TRAINER__MIN_CORRECTIONS": "0",
     "MODERATO_TRAINER__MAX_ROWS": "96",
     "MODERATO_TRAINER__MAX_HOLDOUT_ROWS": "120",
     "MODERATO_TRAINER__BATCH_SIZE": "8",

@@ -442,7 +442,10 @@ class TestReading:
 
 class TestVersions:
     def test_a_version_on_disk_is_registered_when_it_is_activated(self, moderato: Moderato, sqlite_url: str) -> None:
-        # Given a version that was copied into the versions directory
+        # Given a version that was copied into the versions directory, which is listed as not used yet
+        [listed] = json_lines(moderato("models", "--json").stdout)
+        assert (listed["versions"], listed["unregistered"]) == ([], [VERSION])
+        assert VERSION in moderato("models").stdout
         moderato("activate", VERSION, "--reason", "first")
         # Then it is listed with its figures, and who activated it
         [listed] = json_lines(moderato("models", "--json").stdout)

@@ -116,7 +116,7 @@ def test_flipped_reviews_do_not_get_through(
     review(engine, comments, range(200, 1_000), "mallory", flipped=True)
     poisoned = retrain(engine, settings, POISONED_RUN)
     assert poisoned.state == "refused", poisoned.reason
-    assert "toxic log loss worse by" in str(poisoned.reason)
+    assert "toxic log loss" in str(poisoned.reason)
     with reading(engine) as connection:
         active = queries.active(connection)
     assert active is not None

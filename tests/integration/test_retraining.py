@@ -1,5 +1,6 @@
 """A retrain from claim to verdict, in this process: what it leaves behind however it ends."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -14,14 +15,17 @@ from bench.tiny import HOLDOUT, TRAIN, copy_version
 from config.names import LABELS, WORKER_CONTROL_EXCHANGE
 from config.settings import Settings, load_settings
 from db import queries, trials
+from db.monitoring import count_waiting_reviews
 from db.queries import ActivationRow, RunRow
 from db.session import reading, writing
 from model.engine import load_scorer
-from model.version import read_manifest
+from model.version import read_manifest, verify
 from tests.integration.outage import outage
 from tests.integration.rows import prepare, scored
 from tests.services import wait_until
 from trainer.dataset import read_csv
+from trainer.recipe import CURVE_FILE
+from trainer.report import REPORT_FILE
 from trainer.retraining import _tell_workers, carry_out
 
 ANYTHING_PASSES = {
@@ -41,6 +45,7 @@ def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
     """A training that takes seconds."""
     tiny: dict[str, object] = {
         "MAX_LENGTH": 64,
+        "MIN_CORRECTIONS": 0,
         "MAX_ROWS": 64,
         "MAX_HOLDOUT_ROWS": 120,
         "TRAIN_FILES": f"[{TRAIN}]",
@@ -138,7 +143,6 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     row = run(engine)
     assert row.state == "promoted", row.reason
     assert row.reason is not None
-    assert "not worse than the active version. ROC-AUC on 120 held-out rows: mean" in row.reason
     # 64 replayed rows, a few kept for validation, two corrections, each twice, evasive copies; 16 at a time, twice
     assert (row.step, row.total_steps) == (10, 10)
     assert row.started_at is not None
@@ -158,7 +162,7 @@ def test_a_version_that_passes_the_gate_becomes_the_active_one(
     # And its version is the active one, by the trainer, for that reason
     now_active = newest_activation(engine)
     assert (now_active.version, now_active.activated_by) == (row.version, "trainer")
-    assert now_active.reason == f"run {RUN}: {row.reason}"
+    assert RUN in now_active.reason and len(now_active.reason) < len(row.reason)
     # And the version says where it comes from, and loads
     assert row.version is not None
     manifest = load_scorer(settings.versions_dir / row.version, device="cpu", threads=1).manifest
@@ -245,6 +249,22 @@ def test_a_run_whose_active_version_is_damaged_fails(engine: Engine, settings: S
     assert "version v1: tokenizer.json is damaged" in str(run(engine).reason)
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_a_run_with_too_few_corrections_is_refused_before_it_trains(
+    engine: Engine, settings: Settings, active: ActivationRow
+) -> None:
+    review(engine, ["I will find you", "I know your street"])
+    request(engine, {"min_corrections": 3})
+    carry_out(RUN, settings)
+    row = run(engine)
+    assert (row.state, row.version, newest_activation(engine)) == ("refused", None, active)
+    # Then it says how many there are, how many it takes, and how to train all the same
+    assert row.reason is not None and {"2", "3"} <= set(re.findall(r"\d+", row.reason))
+    assert "--set min_corrections=2" in row.reason
+    with reading(engine) as connection:
+        assert count_waiting_reviews(connection) == 2
+
+
 def test_a_run_before_any_activation_fails(engine: Engine, settings: Settings) -> None:
     request(engine, {})
     carry_out(RUN, settings)
@@ -252,13 +272,24 @@ def test_a_run_before_any_activation_fails(engine: Engine, settings: Settings) -
     assert "no version is active yet" in str(run(engine).reason)
 
 
-def test_corrections_alone_are_enough(engine: Engine, settings: Settings, active: ActivationRow) -> None:
+def test_corrections_alone_are_enough_and_no_drawing_is_needed(
+    engine: Engine, settings: Settings, active: ActivationRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise IndexError("no colour is left")
+
+    monkeypatch.setattr("trainer.recipe.write_report", fail)
     review(engine, ["I will find you", "I know your street"])
     request(engine, ANYTHING_PASSES | {"train_files": []})
     carry_out(RUN, settings)
     row = run(engine)
     assert row.state == "promoted", row.reason
     assert row.total_steps == 1
+    # And the version is whole without its report
+    assert row.version is not None
+    directory = settings.versions_dir / row.version
+    assert not {CURVE_FILE, REPORT_FILE} & {path.name for path in directory.iterdir()}
+    verify(directory, expected_version=row.version)
 
 
 def test_a_run_whose_message_comes_twice_is_carried_out_once(

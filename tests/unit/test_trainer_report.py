@@ -22,6 +22,7 @@ from config.settings import ROOT, load_settings, read_recipe, relative_to_root, 
 from db import queries
 from db.session import open_database, writing
 from model.version import STARTER_DIRECTORY, read_manifest
+from trainer import figures
 from trainer.dataset import Dataset, read_csv
 from trainer.evaluation import measure
 from trainer.report import (
@@ -365,3 +366,17 @@ def test_a_browser_shows_it_in_the_light_and_in_the_dark(
         # Not blank: every stretch of a screen's height has something on it
         assert all(part.std() > 0.01 for part in np.split(pixels, 6))
     assert brightness["Light"] > 0.9 and brightness["Dark"] < 0.2
+
+
+def test_more_series_than_colours_are_drawn_apart() -> None:
+    names = [f"label-{n}" for n in range(9)]
+    curve = np.array([0.1, 1.0]), np.array([0.5, 1.0])
+    points = [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]
+    drawn = [
+        figures.roc_curves(dict.fromkeys(names, curve)),
+        figures.precision_recall_curves(dict.fromkeys(names, curve)),
+        figures.history("title", points, {name: name for name in names}, axis="axis"),
+        figures.dots("title", {"row": dict.fromkeys(names, figures.Dot(0.5, (0.4, 0.6)))}, axis="axis"),
+    ]
+    for page in drawn:
+        assert all(name in page for name in names)
