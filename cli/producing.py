@@ -1,14 +1,11 @@
 """Commands of producers: submit comments, read what was decided."""
 
-import csv
-import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,9 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from cli.tables import BadRows, Encoding, Separator, SkipBadRows, TextColumn
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, printable, progress, say, shorten, shown
 from cli.times import past
-from config.names import BULK_QUEUE, DEFAULT_COMMUNITY, INTERACTIVE_QUEUE, MAX_TEXT_BYTES, MODERATE_QUEUE, Action
+from config.names import BULK_QUEUE, DEFAULT_COMMUNITY, INTERACTIVE_QUEUE, MODERATE_QUEUE, Action
+from config.table_files import listed, open_table
 
 if TYPE_CHECKING:
     from api_client.limits import TryLater
@@ -36,11 +35,29 @@ def submit(
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Comments, each in quotes.")] = None,
     file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A .csv, or a .jsonl of comments; - reads JSON lines from standard input."),
+        typer.Option(metavar="FILE", help="CSV, JSON lines or Parquet, packed or not; - is standard input."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the CSV that holds the texts.")] = "comment_text",
-    id_column: Annotated[str, typer.Option(help="Column of the CSV with your ids, where it has one.")] = "id",
-    community: Annotated[str | None, typer.Option(help="Selects the policy that decides.")] = None,
+    text_column: TextColumn = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of your ids; by default id, where there is one.")
+    ] = None,
+    key_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column that names each row's submission; by default idempotency_key. A row without a name is named "
+            "by a hash of its community, id, row number and text."
+        ),
+    ] = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Submit rows anew that were submitted before and have no key of their own.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check FILE, and submit nothing.")] = False,
+    community: Annotated[
+        str | None, typer.Option(help="Selects the policy that decides, where a row names no community.")
+    ] = None,
     queue: Annotated[
         str,
         typer.Option(
@@ -59,27 +76,62 @@ def submit(
 
     Waits where the queue is full, or a community has submitted all that it may for now.
 
+    Every column of FILE that is a field of a comment is read: id, community, author, language, created_at and others.
+    The same command on the same FILE, as after a failure, submits no row twice, and --wait then shows the decisions
+    that are there. --again submits its rows as new comments.
+
     Example: moderato submit "You are right, thank you." "You are an idiot." --wait
 
     Example: moderato submit --file samples/comments.csv --community news --queue toxicity.bulk
     """
     if bool(texts) == bool(file):
         raise Problem("give either texts or --file: moderato submit 'You are right.' or moderato submit --file c.csv")
-    comments = ({"text": text} for text in texts) if texts else _read(str(file), text_column, id_column)
-    if community is not None:
-        comments = ({"community": community, **comment} for comment in comments)
+    of_files = {
+        "--text-column": text_column,
+        "--id-column": id_column,
+        "--key-column": key_column,
+        "--separator": separator,
+        "--encoding": encoding,
+        "--skip-bad-rows": skip_bad_rows,
+        "--again": again,
+        "--dry-run": dry_run,
+    }
+    if texts and (given := [option for option, value in of_files.items() if value]):
+        raise Problem(f"{given[0]} goes with --file")
 
     from api_client.client import ModerationClient
+    from cli.comment_files import find_fields, read_comments
+    from config.settings import settings
 
     ids: list[str] = []
     sent = 0
-    with ModerationClient() as client:
-        with progress("submitting") as update:
+    bad = BadRows(skip_bad_rows)
+    durable = durable or settings().client.durable
+    with ExitStack() as stack:
+        table = None
+        if file:
+            table = stack.enter_context(open_table(file, bad.form(separator, encoding)))
+            found = find_fields(table, text_column=text_column, id_column=id_column, key_column=key_column)
+            if found.unread and not table.is_json:
+                say(f"not read, because they are no field of a comment: {listed(found.unread)}")
+            comments = read_comments(table, found, community=community, durable=durable, again=again)
+            if dry_run:
+                would = sum(1 for _ in comments)
+                bad.tell()
+                say(f"{would:,} would be submitted, {bad.count:,} skipped")
+                return
+        else:
+            comments = ({"text": text, "community": community} for text in texts or ())
+        client = stack.enter_context(ModerationClient())
+        with progress("submitting", table.size if table else None) as update:
+
+            def show(note: str = "") -> None:
+                update(table.bytes_read() if table and table.size else sent, note=note or f"{sent:,} submitted")
 
             def on_sent(new: list[str]) -> None:
                 nonlocal sent
                 sent += len(new)
-                update(sent)
+                show()
                 if wait:
                     ids.extend(new)
                 elif as_json:
@@ -89,11 +141,19 @@ def submit(
                     print("\n".join(new))
 
             def on_full(later: "TryLater") -> None:
-                update(sent, note=f"waiting: {later}")
+                show(f"waiting: {later}")
                 time.sleep(later.wait_s)
 
-            # Without the option the setting counts.
-            client.submit_many(comments, queue=queue, durable=durable or None, on_sent=on_sent, on_full=on_full)
+            try:
+                client.submit_many(comments, queue=queue, durable=durable, on_sent=on_sent, on_full=on_full)
+            except BaseException:
+                if file:
+                    once = "" if again else "; the same command goes on and submits no row twice"
+                    say(f"{sent:,} submitted{once}")
+                raise
+        if file:
+            bad.tell()
+            say(f"{sent:,} submitted, {bad.count:,} skipped")
         if not wait:
             return
         with progress("deciding", len(ids)) as update:
@@ -259,42 +319,3 @@ def _comment_name(row: "Result") -> str:
     own_id = "" if row.comment_id == row.submission_id else row.comment_id
     names = [own_id] if row.community == DEFAULT_COMMUNITY else [row.community, own_id]
     return printable(" ".join(filter(None, names)))
-
-
-def _read(file: str, text_column: str, id_column: str) -> Iterator[dict[str, Any]]:
-    if file == "-":
-        yield from _json_lines(sys.stdin, "standard input")
-        return
-    path = Path(file)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise Problem(f"{file} must end in .csv or .jsonl, or be - for JSON lines from standard input")
-    try:
-        # utf-8-sig also reads a file without the mark that spreadsheets write.
-        with path.open(encoding="utf-8-sig", newline="") as opened:
-            if path.suffix == ".csv":
-                yield from _csv_rows(opened, file, text_column, id_column)
-            else:
-                yield from _json_lines(opened, file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Problem(f"{file} cannot be read: {error}") from None
-
-
-def _csv_rows(lines: Any, name: str, text_column: str, id_column: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(16 * MAX_TEXT_BYTES)
-    reader = csv.DictReader(lines)
-    if text_column not in (reader.fieldnames or []):
-        columns = ", ".join(reader.fieldnames or ["none"])
-        raise Problem(f"{name} has no column {text_column!r}; it has {columns}. Name it with --text-column")
-    for row in reader:
-        yield {"text": row[text_column], "id": row.get(id_column) or None}
-
-
-def _json_lines(lines: Any, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            comment = json.loads(line)
-        except ValueError:
-            raise Problem(f"{name}, line {number} is not JSON") from None
-        yield {"text": comment} if isinstance(comment, str) else comment

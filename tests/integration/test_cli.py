@@ -130,6 +130,21 @@ class TestSubmitting:
         assert len(json_lines(done.stdout)) == 100
         assert client.activity().queue_depths["toxicity"] == 2
 
+    def test_a_file_again(self, moderato: Moderato, client: ModerationClient, tmp_path: Path) -> None:
+        # Given a file that cannot be submitted to its end
+        (tmp_path / "c.csv").write_text("id,text\n1,one\n2,two\n3,\n4,four\n")
+        file = ["submit", "--file", str(tmp_path / "c.csv")]
+        done = moderato(*file, status=1)
+        assert "line 4" in done.stderr and "2 submitted" in done.stderr
+        # When the same command passes over the bad row
+        again = moderato(*file, "--skip-bad-rows")
+        assert "3 submitted, 1 skipped" in again.stderr
+        # Then the rows that went before have the names they had, so that they are decided once
+        assert again.stdout.split()[:2] == done.stdout.split()
+        # And who wants them to be new comments says so
+        anew = moderato(*file, "--skip-bad-rows", "--again").stdout.split()
+        assert len(anew) == 3 and not set(anew) & set(again.stdout.split())
+
     def test_another_queue(self, moderato: Moderato, client: ModerationClient) -> None:
         moderato("submit", "one", "--queue", "toxicity.bulk")
         assert client.activity().queue_depths == {"toxicity.interactive": 0, "toxicity": 0, "toxicity.bulk": 1}

@@ -206,11 +206,6 @@ class TestMistakes:
     def test_neither_texts_nor_a_file(self) -> None:
         assert complaint("submit").startswith("moderato: give either texts or --file")
 
-    def test_a_file_of_another_kind(self) -> None:
-        assert complaint("submit", "--file", "comments.txt").startswith(
-            "moderato: comments.txt must end in .csv or .jsonl"
-        )
-
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         said = complaint("submit", "--file", str(tmp_path / "absent.csv"))
         assert said.startswith(f"moderato: {tmp_path / 'absent.csv'} cannot be read: ")
@@ -218,11 +213,23 @@ class TestMistakes:
     def test_a_csv_without_the_text_column_names_those_it_has(self, tmp_path: Path) -> None:
         (tmp_path / "c.csv").write_text("id,body\n1,hello\n")
         said = complaint("submit", "--file", str(tmp_path / "c.csv"))
-        assert said.endswith("c.csv has no column 'comment_text'; it has id, body. Name it with --text-column")
+        assert said.endswith("c.csv has no column 'comment_text'; it has 'id', 'body'. Name it with --text-column")
 
     def test_a_line_that_is_not_json(self, tmp_path: Path) -> None:
         (tmp_path / "c.jsonl").write_text('\n{"text": \n')
-        assert complaint("submit", "--file", str(tmp_path / "c.jsonl")).endswith("c.jsonl, line 2 is not JSON")
+        assert "c.jsonl, line 2: is not JSON" in complaint("submit", "--file", str(tmp_path / "c.jsonl"))
+
+    def test_a_file_that_is_only_checked(self, tmp_path: Path) -> None:
+        (tmp_path / "c.csv").write_text("text,toxic\nhello,1\n,0\nthanks,0\n")
+        file = ["submit", "--file", str(tmp_path / "c.csv"), "--dry-run"]
+        assert "c.csv, line 3: " in complaint(*file)
+        done = CliRunner().invoke(app, [*file, "--skip-bad-rows"])
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert "'toxic'" in done.stderr and "line 3" in done.stderr
+        assert "2 would be submitted, 1 skipped" in done.stderr
+
+    def test_an_option_of_files_without_a_file(self) -> None:
+        assert "--id-column" in complaint("submit", "hello", "--id-column", "nr")
 
     def test_a_comment_that_no_worker_would_take(self) -> None:
         assert complaint("submit", " ") == (
