@@ -1,4 +1,4 @@
-"""Following the decisions: every one in order, at least once, through outages of Redis and of the database."""
+"""Following the feed: every event in order, at least once, through outages of Redis and of the database."""
 
 import logging
 import threading
@@ -9,15 +9,16 @@ from contextlib import AbstractContextManager
 from sqlalchemy import Connection
 
 from api_client.listening import Nudges
+from config.names import EventType
 from db import feed
-from db.feed import DecidedResult
+from db.feed import Event
 from db.outage import Outage
 from db.session import DatabaseProblem
 
 LOOK_S = 1.0
 """Between two looks where nobody says that there is something new."""
 SHORTEST_LOOK_S = 0.05
-"""Between two looks while decisions stream in, so that each brings many."""
+"""Between two looks while events stream in, so that each brings many."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,12 @@ def follow(
     nudges: Nudges,
     position: int,
     *,
+    types: Collection[EventType],
     community: str | None,
     actions: Collection[str] | None,
     stop: threading.Event,
-) -> Generator[DecidedResult, None, None]:
-    """Decisions above a position as they are made, until `stop` is set; closes the nudges in the end.
+) -> Generator[Event, None, None]:
+    """Events above a position as they happen, until `stop` is set; closes the nudges in the end.
 
     A page is read whole before any of it is handed on, so that nothing is held in the database meanwhile.
     """
@@ -42,8 +44,8 @@ def follow(
             try:
                 with read() as connection:
                     settled = feed.settled_position(connection)
-                    rows, position = feed.decided_after(
-                        connection, position, settled=settled, community=community, actions=actions
+                    rows, position = feed.events_after(
+                        connection, position, settled=settled, types=types, community=community, actions=actions
                     )
             except DatabaseProblem as problem:
                 if outage.begin():

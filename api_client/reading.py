@@ -13,7 +13,7 @@ from api_client import following
 from api_client.connecting import Connections
 from api_client.explaining import explanation
 from api_client.listening import Nudges
-from config.names import DEFAULT_COMMUNITY, Action, Reason
+from config.names import DEFAULT_COMMUNITY, Action, EventType, Reason
 from db import dead_letters, explain, feed, policies, privacy, queries, reviews, webhooks
 from db.dead_letters import DeadLetterRow
 
@@ -92,32 +92,40 @@ class Reader(Connections):
         since: datetime | None = None,
         community: str | None = None,
         actions: Collection[str] | None = None,
+        events: Collection[str] = feed.EVENT_TYPES,
         stop: threading.Event | None = None,
-    ) -> Generator[feed.DecidedResult, None, None]:
-        """Every decision as it is made, in the order in which they are handed on; never ends by itself. `close` it.
+    ) -> Generator[feed.Event, None, None]:
+        """Every event as it happens, in the order of the feed; never ends by itself. `close` it.
 
-        Keep the `cursor` of the last one that was dealt with, and begin there the next time: none is missed, and those
-        after it come again. Outages of Redis or the database are waited for. See docs/feed.md.
+        An event is a decision (`db.feed.DecidedResult`), a person's review of one (`db.feed.Reviewed`), or the erasure
+        of a submission (`db.feed.Erased`); its `type` says which. Keep the `cursor` of the last one that was dealt
+        with, and begin there the next time: none is missed, and those after it come again. Outages of Redis or the
+        database are waited for. See docs/feed.md.
 
         Args:
-            cursor: begin after the decision that it came with; without it, and `since`, with the next decision.
-            since: begin with what was decided then or later.
-            community: only decisions on its comments.
-            actions: only decisions for one of these actions, by the model, whatever reviewers made of them since.
+            cursor: begin after the event that it came with; without it, and `since`, with the next event.
+            since: begin with what happened then or later.
+            community: only events of its comments.
+            actions: only decisions for one of these actions, and what comes after them: reviews and erasures of a
+                submission that the model, or a review, led to one of these.
+            events: only these types, of `config.names.EventType`; `["comment.decided"]` gives decisions alone.
             stop: ends it within a second when it is set.
 
         Raises:
-            ValueError: the cursor is none, there is also a `since`, or an action is unknown.
+            ValueError: the cursor is none, there is also a `since`, or an action or a type of event is unknown.
             DatabaseProblem: where to begin cannot be found out; a cursor needs no asking.
         """
         if cursor is not None and since is not None:
             raise ValueError("give a cursor or a time to begin at, not both")
         if unknown := sorted(set(actions or ()) - set(Action)):
             raise ValueError(f"unknown action {unknown[0]!r}; the actions are {', '.join(Action)}")
+        if unknown := sorted(set(events) - set(EventType)):
+            raise ValueError(f"unknown event {unknown[0]!r}; the events are {', '.join(EventType)}")
         return following.follow(
             self._reading,
             Nudges(self._app.connection_for_write),
             self._position(since) if cursor is None else feed.position_of(cursor),
+            types=[EventType(each) for each in events],
             community=community,
             actions=actions,
             stop=stop or threading.Event(),

@@ -1,8 +1,9 @@
-"""Posting decisions to the endpoints in the settings: signed, at least once, again after growing pauses.
+"""Posting events to the endpoints in the settings: signed, at least once, again after growing pauses.
 
-The form is that of https://www.standardwebhooks.com, whose libraries verify what comes from here. Each endpoint has a
-thread that takes its decisions from the feed into the outbox (`db.webhooks`), claims what is due and posts it, several
-at a time; one that hangs or fails delays no other endpoint. Several processes may do this side by side.
+An event is a decision, a review or an erasure. The form is that of https://www.standardwebhooks.com, whose libraries
+verify what comes from here. Each endpoint has a thread that takes its events from the feed into the outbox
+(`db.webhooks`), claims what is due and posts it, several at a time; one that hangs or fails delays no other endpoint.
+Several processes may do this side by side.
 
 What if the process dies here: the outbox keeps what was not posted; what was, and was not yet noted, is posted again
 when its lease has run out, under the same `webhook-id`.
@@ -33,15 +34,15 @@ from api_client.connecting import connect
 from api_client.listening import Nudges
 from api_client.webhook_metrics import DEAD, DELIVERED, FAILED, WebhookMonitor
 from config.endpoints import HEALTH_PATH, READY_PATH, serve
-from config.names import Action
+from config.names import Action, EventType
 from config.settings import EndpointSettings, Settings
 from db import feed, webhooks
 from db.durable import database_time
-from db.feed import WritersDoNotEnd
+from db.feed import Erased, Reviewed, WritersDoNotEnd
 from db.migrate import require_current
 from db.outage import Outage
 from db.session import is_outage, open_database, reading, without_rows, writing
-from db.webhooks import Claim
+from db.webhooks import Claim, DecisionToPost, EventToPost
 
 CONCURRENT_POSTS = 8
 """To one endpoint."""
@@ -52,7 +53,7 @@ LEASE_MARGIN_S = 5.0
 LOOK_S = 1.0
 """Between two looks into feed and outbox where nobody says that there is something new."""
 FILL_PAUSE_S = 0.25
-"""Between two looks into the feed while decisions stream in: each moves a cursor, which is a transaction."""
+"""Between two looks into the feed while events stream in: each moves a cursor, which is a transaction."""
 PURGE_S = 600.0
 MAX_ANSWER_BYTES = 65_536
 """Of an endpoint's answer: read so that the connection can be used again, and not looked at."""
@@ -71,10 +72,17 @@ class NoSecret(Exception):
 # --- What is posted ----------------------------------------------------------------------------------------------
 
 
-def webhook_id(endpoint: str, submission_id: str) -> str:
+def webhook_id(claim: Claim) -> str:
     """The same for every attempt at a delivery, and of no other: by it a receiver knows what it has seen."""
-    # A name holds no slash.
-    return f"msg_{hashlib.sha256(f'{endpoint}/{submission_id}'.encode()).hexdigest()[:32]}"
+    event = claim.event
+    # A name of an endpoint holds neither slash nor number sign. That of a decision is as older releases made it. The
+    # time tells an event apart from another that has its position, in a database that was set back to a backup.
+    what = (
+        f"/{event.submission_id}"
+        if event.type is EventType.DECIDED
+        else f"#{event.position}#{event.happened_at.isoformat()}"
+    )
+    return f"msg_{hashlib.sha256(f'{claim.endpoint}{what}'.encode()).hexdigest()[:32]}"
 
 
 def signature(keys: Sequence[bytes], webhook_id: str, timestamp: int, body: bytes) -> str:
@@ -84,24 +92,43 @@ def signature(keys: Sequence[bytes], webhook_id: str, timestamp: int, body: byte
     return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
 
 
-def body_of(claim: Claim, *, include_text: bool) -> bytes:
+def body_of(event: EventToPost, *, include_text: bool) -> bytes:
     """The same bytes at each attempt, but for a text that was erased in between."""
     data: dict[str, Any] = {
-        "submission_id": claim.submission_id,
-        "comment_id": claim.comment_id,
-        "community": claim.community,
-        "action": claim.action,
-        "scores": claim.scores,
-        "fired_label": claim.fired_label,
-        "fired_threshold": claim.fired_threshold,
-        "model_version": claim.model_version,
-        "policy_version": claim.policy_version,
-        "decided_at": claim.decided_at.isoformat(),
-        "cursor": str(claim.position),
+        "submission_id": event.submission_id,
+        "comment_id": event.comment_id,
+        "community": event.community,
+        "submitted_at": event.submitted_at.isoformat(),
     }
+    happened_at = event.happened_at.isoformat()
+    match event:
+        case DecisionToPost():
+            data |= {
+                "action": event.action,
+                "scores": event.scores,
+                "fired_label": event.fired_label,
+                "fired_threshold": event.fired_threshold,
+                "model_version": event.model_version,
+                "policy_version": event.policy_version,
+                "decided_at": happened_at,
+            }
+            text = {"text": event.text}
+        case Reviewed():
+            data |= {
+                "action": event.action,
+                "model_action": event.model_action,
+                "labels": event.labels,
+                "reviewer": event.reviewer,
+                "reviewed_at": happened_at,
+            }
+            text = {"note": event.note}  # a reviewer may quote the comment
+        case Erased():
+            data["erased_at"] = happened_at
+            text = {}
+    data["cursor"] = str(event.position)
     if include_text:
-        data["text"] = claim.text
-    return _as_json({"type": "comment.decided", "timestamp": data["decided_at"], "data": data})
+        data |= text
+    return _as_json({"type": event.type, "timestamp": happened_at, "data": data})
 
 
 def _as_json(value: dict[str, Any]) -> bytes:
@@ -113,10 +140,11 @@ def retry_pause_s(attempts: int) -> float:
     return min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 30), LONGEST_PAUSE_S) * random.uniform(2 / 3, 1)
 
 
-def delivered_actions(min_action: Action) -> list[str]:
-    """Those at or above one."""
+def delivered_actions(min_action: Action) -> list[str] | None:
+    """Those at or above one; None where that is every one."""
     actions = list(Action)
-    return [action.value for action in actions[actions.index(min_action) :]]
+    above = [action.value for action in actions[actions.index(min_action) :]]
+    return above if len(above) < len(actions) else None
 
 
 # --- Posting it --------------------------------------------------------------------------------------------------
@@ -166,11 +194,11 @@ class Poster:
 
     def post(self, claim: Claim) -> Future[Failure | None]:
         """Begin to post a delivery; the future gives None where the endpoint took it. It ends within `timeout_s`."""
-        body = body_of(claim, include_text=self._settings.include_text)
-        return self._begin(webhook_id(self._name, claim.submission_id), body)
+        body = body_of(claim.event, include_text=self._settings.include_text)
+        return self._begin(webhook_id(claim), body)
 
     def ping(self) -> Failure | None:
-        """Post something that tells of no decision, and wait for the answer."""
+        """Post something that tells of no comment, and wait for the answer."""
         now = datetime.now(UTC)
         body = _as_json({"type": "ping", "timestamp": now.isoformat(), "data": {"endpoint": self._name}})
         return self._begin(f"msg_ping_{now.timestamp():.6f}", body).result()
@@ -179,7 +207,7 @@ class Poster:
         return asyncio.run_coroutine_threadsafe(self._post(message_id, body), self._loop)
 
     async def _post(self, message_id: str, body: bytes) -> Failure | None:
-        # Of the attempt, not of the decision: receivers refuse what is old.
+        # Of the attempt, not of the event: receivers refuse what is old.
         timestamp = int(time.time())
         headers = {
             "webhook-id": message_id,
@@ -311,7 +339,7 @@ class Sender:
         self.wake.clear()
 
     def _fill(self) -> bool:
-        """Take what was decided into the outbox; whether there was anything to look at."""
+        """Take what happened into the outbox; whether there was anything to look at."""
         with reading(self._database) as connection:
             settled = feed.settled_position(connection)
             position = webhooks.cursor(connection, self.name)
@@ -319,7 +347,7 @@ class Sender:
         if position is None:
             with writing(self._database) as connection:
                 webhooks.begin(connection, self.name, position=settled, now=now)
-            logger.info("endpoint %s begins with what is decided from now on", self.name)
+            logger.info("endpoint %s begins with what happens from now on", self.name)
         actions = delivered_actions(self._settings.min_action)
         more = found = position is not None and position < settled
         while more and not self._stop.is_set():

@@ -21,6 +21,7 @@ from config.table_files import listed, open_table
 
 if TYPE_CHECKING:
     from api_client.limits import TryLater
+    from db.feed import Event
     from db.queries import Result
 
 Label = Literal["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
@@ -185,13 +186,17 @@ def results(
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines, with all six scores.")] = False,
     follow: Annotated[
         bool,
-        typer.Option("--follow", "-f", help="Show each as it is decided, until Ctrl-C: from now on, or from --since."),
+        typer.Option(
+            "--follow",
+            "-f",
+            help="Show decisions, reviews and erasures as they happen, until Ctrl-C: from now on, or from --since.",
+        ),
     ] = False,
     after: Annotated[
-        str | None, typer.Option(metavar="CURSOR", help="With --follow: go on after the decision that this came with.")
+        str | None, typer.Option(metavar="CURSOR", help="With --follow: start after the event that this came with.")
     ] = None,
 ) -> None:
-    """Show decisions, newest first; or with --follow all that come, in the order in which they are recorded.
+    """Show decisions, newest first; or with --follow all that happens to them, in the order in which it is recorded.
 
     Example: moderato results --action hide --limit 50
 
@@ -256,7 +261,7 @@ def _follow(
         with closing(feed), suppress(KeyboardInterrupt):
             for row in feed:
                 if as_json:
-                    print_json(_values(row, with_text=with_text) | {"cursor": row.cursor})
+                    print_json({"type": row.type, **_values(row, with_text=with_text), "cursor": row.cursor})
                 else:
                     _print_line(row, with_text=with_text)
                 sys.stdout.flush()
@@ -265,13 +270,22 @@ def _follow(
         say(f"go on from here: moderato results --follow --after {cursor}")
 
 
-def _print_line(row: "Result", *, with_text: bool) -> None:
+def _print_line(event: "Event", *, with_text: bool) -> None:
+    from db.feed import Erased, Reviewed
+
+    match event:
+        case Erased():
+            word, why = "erased", ""
+        case Reviewed():
+            word, why = event.action, f"by {printable(event.reviewer)}; the model said {event.model_action}"
+        case _:
+            word, why = event.action, f"{_reason(event):<20}  {printable(event.reviewer or event.model_version)}"
+            why += f"  {shorten(event.text)}" if with_text else ""
     parts = [
-        (f"{shown(row.decided_at)}  ", "dim"),
-        (f"{printable(row.submission_id)}  ", ""),
-        (f"{row.action:<7}", ACTION_STYLES[row.action]),
-        (f"{_reason(row):<20}  {row.reviewer or row.model_version}", ""),
-        (f"  {shorten(row.text)}" if with_text else "", ""),
+        (f"{shown(event.happened_at)}  ", "dim"),
+        (f"{printable(event.submission_id)}  ", ""),
+        (f"{word:<7}", ACTION_STYLES.get(word, "")),
+        (why, ""),
     ]
     out.print(Text.assemble(*parts), soft_wrap=True)
 
@@ -280,7 +294,7 @@ def _reason(row: "Result") -> str:
     return "" if row.fired_label is None else f"{row.fired_label} {getattr(row, row.fired_label):.2f}"
 
 
-def _values(row: "Result", *, with_text: bool) -> dict[str, Any]:
+def _values(row: "Result | Event", *, with_text: bool) -> dict[str, Any]:
     names = [column.name for column in fields(row) if column.name != "position"]
     return {name: getattr(row, name) for name in names if with_text or name != "text"}
 

@@ -1,4 +1,4 @@
-"""`moderato webhooks`: post decisions to endpoints, see how that stands, try one, deliver again what was given up."""
+"""`moderato webhooks`: post events to endpoints, see how that stands, try one, deliver again what was given up."""
 
 import signal
 import threading
@@ -25,7 +25,7 @@ NOT_STARTED = "not started"
 def without_command(
     context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False
 ) -> None:
-    """Post decisions to the endpoints in the settings as they are made. Alone it lists them.
+    """Post decisions, reviews and erasures to the endpoints in the settings. Alone it lists the endpoints.
 
     Example: moderato webhooks
     """
@@ -154,12 +154,13 @@ def dead(
     if not deliveries:
         say("no delivery was given up")
         return
-    table = Table("given up", "endpoint", "submission", "attempts", "why")
+    table = Table("given up", "endpoint", "submission", "event", "attempts", "why")
     for delivery in deliveries:
         table.add_row(
             shown(delivery.finished_at),
             delivery.endpoint,
             Text(delivery.submission_id),
+            delivery.event,
             f"{delivery.attempts:,}",
             Text(shorten(delivery.error)),
         )

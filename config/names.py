@@ -20,6 +20,17 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
+class EventType(StrEnum):
+    """What the feed tells of, see `db.feed`."""
+
+    DECIDED = "comment.decided"
+    """The model scored a submission and the policy chose an action."""
+    REVIEWED = "comment.reviewed"
+    """A person confirmed or overturned that action."""
+    ERASED = "comment.erased"
+    """A person had a submission's text erased."""
+
+
 MODERATE_QUEUE = "toxicity"
 INTERACTIVE_QUEUE = f"{MODERATE_QUEUE}.interactive"
 """Preferred to the ordinary queue by a worker that is given both: for comments whose authors wait."""
@@ -88,6 +99,9 @@ SWEEP_LOCK = 6_877_836_933
 
 ACTIVATION_LOCK = 6_877_836_934
 """The same, of the one transaction that changes which version is active or on trial, or which policy is active."""
+
+REVIEW_LOCK = 6_877
+"""The first number of PostgreSQL's advisory lock of whoever reviews a submission; the second is the submission's."""
 
 DEFAULT_COMMUNITY = "default"
 STARTER_VERSION = "starter-2"

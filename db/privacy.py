@@ -15,8 +15,9 @@ from sqlalchemy.exc import DBAPIError
 
 from config.names import Reason
 from db import dead_letters
+from db.rows import chunks
 from db.session import without_rows
-from db.tables import DEAD, DECIDED, IS_PENDING, DeadLetter, Decision, Erasure, Submission
+from db.tables import DEAD, DECIDED, IS_PENDING, DeadLetter, Decision, ErasedSubmission, Erasure, Submission
 
 RETENTION = "retention"
 RETENTION_STEP = 2_000
@@ -66,24 +67,33 @@ def erasable(connection: Connection, subject: Subject) -> Erased:
 def erase(connection: Connection, subject: Subject, *, by: str, reason: str | None, now: datetime) -> Erased:
     """Erase texts, contexts and dead letters' payloads, of an author the name too, and write down that it was done.
 
-    A submission that still waits for its decision cannot be scored any more: it becomes a dead letter.
+    Each submission is an event of the feed. One that still waits for its decision cannot be scored any more: it becomes
+    a dead letter.
     """
     undecided = _give_up_undecided(connection, subject, now)
     author: dict[str, Any] = {"author": null()} if subject.kind == "author" else {}
-    submissions = _erase_submissions(connection, *_of_submissions(subject), now=now, **author)
+    # In the order of ids, as workers record, so that two never wait for each other in a circle.
+    wanted = select(Submission.submission_id).where(*_of_submissions(subject)).order_by(Submission.submission_id)
+    ids = connection.scalars(wanted.with_for_update()).all()
+    for some in chunks(ids):
+        _erase_submissions(connection, Submission.submission_id.in_(some), now=now, **author)
     letters = _count(connection, update(DeadLetter).where(*_of_dead_letters(subject)).values(payload=b"", **author))
     _record(
         connection,
         kind=subject.kind,
         subject=subject.recorded_name,
         community=subject.community,
-        submissions=submissions,
+        submissions=len(ids),
         dead_letters=letters,
         erased_at=now,
         erased_by=by,
         reason=reason,
     )
-    return Erased(submissions, letters, undecided)
+    # Last, because readers of the feed wait from here until the end of the transaction.
+    for some in chunks(ids):
+        events = [{"submission_id": each, "erased_at": now} for each in some]
+        connection.execute(insert(ErasedSubmission), events)
+    return Erased(len(ids), letters, undecided)
 
 
 def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) -> int:

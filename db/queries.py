@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import aliased
 
-from config.names import LABELS
+from config.names import LABELS, REVIEW_LOCK
 from db.activations import NEWEST_POSITION, choose_return, hold_activations, require_unchanged, way_back
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
 from db.rows import WithScores, chunks, every, first, insert_if_absent, insert_one, streamed
@@ -230,8 +230,8 @@ _SQLITE_FOUND = select(Submission.submission_id, Submission.state, Submission.te
 )
 _SQLITE_NO_LONGER_PENDING = update(Submission).where(_IN_JSON_IDS).values(state=DECIDED)
 _SQLITE_INSERT_SUBMISSIONS = sqlite_insert(ScoredSubmission, Submission)
-# Whoever writes has the only writer's lock, so decisions are committed in the order of their positions. On PostgreSQL
-# they are not, see `db.feed`.
+# Whoever writes has the only writer's lock, so decisions are committed in the order of their positions. A trigger moves
+# them behind those of reviews and erasures. On PostgreSQL a sequence gives all of them, see `db.feed`.
 _NEXT_POSITION: ColumnElement[int] = literal_column(
     "(SELECT COALESCE(MAX(position), 0) + 1 FROM decisions WHERE position IS NOT NULL)"
 )
@@ -446,6 +446,10 @@ def add_review(
     """
     if unknown := sorted(set(labels) - set(LABELS)):
         raise ValueError(f"unknown labels {', '.join(unknown)}; the labels are {', '.join(LABELS)}")
+    if connection.dialect.name == "postgresql":
+        # Two reviews of one submission wait for each other, so that the order of their ids, by which the newest holds,
+        # is that of their positions, in which they are handed on.
+        connection.execute(select(func.pg_advisory_xact_lock(REVIEW_LOCK, func.hashtext(submission_id))))
     if connection.scalar(select(Decision.submission_id).where(Decision.submission_id == submission_id)) is None:
         raise NoSuchDecision(f"submission {submission_id!r} has no decision to review")
     row = {

@@ -155,15 +155,24 @@ class Decision(Base):
     the scores of the same text were known."""
     decided_at: Mapped[datetime]
     position: Mapped[int | None] = mapped_column(BigInteger)
-    """Its place in the order in which decisions are handed on, see `db.feed`; null in rows from before there was one.
-    PostgreSQL draws it from a sequence as the column's default, on SQLite the writer counts."""
+    """Its place in the feed, see `db.feed`; null in rows from before there was one. PostgreSQL draws it from a sequence
+    as the column's default. On SQLite the writer counts, and a trigger raises it above other events'."""
 
 
 class Review(Base):
     """A person's word on a decision: the trainer's food. Append-only; the newest row of a submission counts."""
 
     __tablename__ = "reviews"
-    __table_args__ = (Index("ix_reviews_submission", "submission_id"),)
+    __table_args__ = (
+        Index("ix_reviews_submission", "submission_id"),
+        Index(
+            "ix_reviews_position",
+            "position",
+            unique=True,
+            postgresql_where=text("position IS NOT NULL"),
+            sqlite_where=text("position IS NOT NULL"),
+        ),
+    )
 
     review_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     submission_id: Mapped[str] = mapped_column(ForeignKey("decisions.submission_id"))
@@ -179,6 +188,9 @@ class Review(Base):
     reviewer: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     note: Mapped[str | None] = mapped_column(Text)
     reviewed_at: Mapped[datetime]
+    position: Mapped[int | None] = mapped_column(BigInteger)
+    """Its place in the feed; null in rows from before reviews were part of it. The database fills it in: PostgreSQL
+    from the sequence of the decisions, SQLite by a trigger."""
 
 
 class Policy(Base):
@@ -396,15 +408,31 @@ class Erasure(Base):
     reason: Mapped[str | None] = mapped_column(Text)
 
 
+class ErasedSubmission(Base):
+    """A submission that a person had erased; its place in the feed. Append-only. Retention writes none."""
+
+    __tablename__ = "erased_submissions"
+    __table_args__ = (Index("ix_erased_submissions_position", "position", unique=True),)
+
+    erased_submission_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    submission_id: Mapped[str] = mapped_column(ForeignKey("submissions.submission_id"))
+    erased_at: Mapped[datetime]
+    position: Mapped[int | None] = mapped_column(BigInteger)
+    """The database fills it in, as that of a review."""
+
+
 class WebhookCursor(Base):
-    """How far an endpoint's deliveries have been made from the decisions."""
+    """How far an endpoint's deliveries have been made from the feed."""
 
     __tablename__ = "webhook_cursors"
 
     endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS), primary_key=True)
     """Its name in the settings."""
     position: Mapped[int] = mapped_column(BigInteger)
-    """Of the last decision looked at."""
+    """Up to which decisions were looked at."""
+    events_position: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """Up to which reviews and erasures were. A sender of the release before moves only the first one on: it does not
+    know of them."""
     updated_at: Mapped[datetime]
 
 
@@ -438,6 +466,49 @@ class WebhookDelivery(Base):
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
     """When it was delivered or given up."""
+
+
+class WebhookEventDelivery(Base):
+    """One review or erasure to be posted to one endpoint: the rest of the outbox.
+
+    Not in `webhook_deliveries`, whose key leaves room for one delivery of a submission, and whose rows senders of the
+    release before post as decisions.
+    """
+
+    __tablename__ = "webhook_event_deliveries"
+    __table_args__ = (
+        Index(
+            "ix_webhook_event_deliveries_due",
+            "endpoint",
+            "next_attempt_at",
+            postgresql_where=text("state = 'pending'"),
+            sqlite_where=text("state = 'pending'"),
+        ),
+        # For the ones before it: of one submission they are posted in order.
+        Index(
+            "ix_webhook_event_deliveries_pending",
+            "endpoint",
+            "submission_id",
+            "position",
+            postgresql_where=text("state = 'pending'"),
+            sqlite_where=text("state = 'pending'"),
+        ),
+        Index("ix_webhook_event_deliveries_finished", "finished_at"),
+    )
+
+    endpoint: Mapped[str] = mapped_column(String(ENDPOINT_CHARS), primary_key=True)
+    position: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    """Of the row in `reviews` or `erased_submissions`."""
+    type: Mapped[str] = mapped_column(String(32))
+    """`comment.reviewed` or `comment.erased`."""
+    submission_id: Mapped[str] = mapped_column(ForeignKey("submissions.submission_id"))
+    state: Mapped[str] = mapped_column(String(16))
+    """This and the next ones as in `webhook_deliveries`."""
+    attempts: Mapped[int]
+    next_attempt_at: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
 
 
 class SchemaCompatibility(Base):

@@ -11,7 +11,8 @@
 -- moderato_worker    workers: writes decisions, dead letters, trials; erases what has grown old
 -- moderato_trainer   the trainer: reads reviewed texts, writes versions and activations
 -- moderato_client    producers' and moderators' ModerationClient and commands, but for erasing and purging
--- moderato_webhooks  `moderato webhooks run`: reads decisions, and texts for endpoints that are to have them; its outbox
+-- moderato_webhooks  `moderato webhooks run`: reads decisions, reviews and erasures, and texts for endpoints that are to
+--                    have them; writes its outbox
 -- moderato_reader    dashboards and reports: reads everything, but comments' texts and dead letters' payloads
 --
 -- Advisory locks need no right of their own. Nobody but the owner may change a table, or delete a row, but for
@@ -66,12 +67,12 @@ BEGIN
     GRANT SELECT ON ALL TABLES IN SCHEMA public TO moderato_client;
     GRANT INSERT ON submissions, reviews, training_runs, model_versions, activations, trials, policies, policy_activations
         TO moderato_client;
-    GRANT UPDATE ON training_runs, trials, webhook_deliveries TO moderato_client;
+    GRANT UPDATE ON training_runs, trials, webhook_deliveries, webhook_event_deliveries TO moderato_client;
 
-    GRANT SELECT ON decisions TO moderato_webhooks;
-    GRANT SELECT (submission_id, comment_id, community, text) ON submissions TO moderato_webhooks;
-    GRANT SELECT, INSERT, UPDATE ON webhook_cursors, webhook_deliveries TO moderato_webhooks;
-    GRANT DELETE ON webhook_deliveries TO moderato_webhooks;
+    GRANT SELECT ON decisions, reviews, erased_submissions TO moderato_webhooks;
+    GRANT SELECT (submission_id, comment_id, community, submitted_at, text) ON submissions TO moderato_webhooks;
+    GRANT SELECT, INSERT, UPDATE ON webhook_cursors, webhook_deliveries, webhook_event_deliveries TO moderato_webhooks;
+    GRANT DELETE ON webhook_deliveries, webhook_event_deliveries TO moderato_webhooks;
 
     FOR grant_ IN
         SELECT quote_ident(table_name) AS name, string_agg(quote_ident(column_name::text), ', ') AS columns

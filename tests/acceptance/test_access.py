@@ -247,8 +247,12 @@ REFUSED_TO_ALL = (
 REFUSED = {
     "worker": ["INSERT INTO reviews DEFAULT VALUES", "SELECT * FROM training_runs"],
     "trainer": ["UPDATE submissions SET text = 'x'", "SELECT payload FROM dead_letters"],
-    "client": ["UPDATE submissions SET text = 'x'", "INSERT INTO decisions DEFAULT VALUES"],
-    "webhooks": ["SELECT author FROM submissions", "INSERT INTO decisions DEFAULT VALUES", "SELECT * FROM reviews"],
+    "client": [
+        "UPDATE submissions SET text = 'x'",
+        "INSERT INTO decisions DEFAULT VALUES",
+        "INSERT INTO erased_submissions DEFAULT VALUES",
+    ],
+    "webhooks": ["SELECT author FROM submissions", "INSERT INTO decisions DEFAULT VALUES", "SELECT * FROM erasures"],
     "reader": ["SELECT text FROM submissions", "SELECT author FROM submissions", "SELECT payload FROM dead_letters"],
 }
 
@@ -343,6 +347,10 @@ def test_each_role_of_the_database_can_do_its_work_and_nothing_else(
             taken, refused = webhooks.claim(connection, "news", limit=9, lease=timedelta(minutes=1), now=now)
             webhooks.delivered(connection, [taken], now=now)
             webhooks.failed(connection, refused, error="answered 400", next_attempt_at=None, now=now)
+            [reviewed] = webhooks.claim(connection, "news", limit=9, lease=timedelta(minutes=1), now=now)
+            webhooks.delivered(connection, [reviewed], now=now)
+            [its_erasure] = webhooks.claim(connection, "news", limit=9, lease=timedelta(minutes=1), now=now)
+            assert [each.event.type for each in (reviewed, its_erasure)] == ["comment.reviewed", "comment.erased"]
             assert webhooks.purge(connection, finished_before=now) == 0
         assert client.retry_dead_deliveries(endpoint="news") == 1
         engine.dispose()

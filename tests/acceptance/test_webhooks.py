@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from config.settings import ROOT
+from db.privacy import Subject
 from tests.acceptance.system import TIMEOUT_S, System
 from tests.integration.rows import decide, scored
 from tests.services import wait_until
@@ -51,7 +52,15 @@ class Endpoint:
     """Cleared, it takes what is posted and answers nothing."""
 
     def submissions(self) -> Counter[str]:
-        return Counter(body["data"]["submission_id"] for body in self.seen.values() if body["type"] != "ping")
+        """Of the decisions."""
+        return Counter(
+            body["data"]["submission_id"] for body in self.seen.values() if body["type"] == "comment.decided"
+        )
+
+    def told(self, submission_id: str) -> list[tuple[str, str | None]]:
+        """Of one submission, in the order in which it came: what happened, and the action since."""
+        bodies = [body for body in self.seen.values() if body["data"].get("submission_id") == submission_id]
+        return [(body["type"], body["data"].get("action")) for body in bodies]
 
 
 @pytest.fixture
@@ -147,6 +156,10 @@ def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
         decide(database_url, *(scored(f"b{n}", action="remove") for n in range(30)))
         expected |= {f"b{n}" for n in range(30)}
         wait_until(lambda: sum(endpoint.attempts.values()) > before, TIMEOUT_S, "a post that hangs")
+        # while people overturn what it has and has not delivered, in both directions, and have a text erased
+        for submission_id, action in ("a0", "allow"), ("a0", "remove"), ("b0", "allow"), ("mild", "hide"):
+            client.review(submission_id, action=action, reviewer="ann")
+        client.erase(Subject("comment", "comment of b0"), by="ann")
     assert endpoint.submissions().keys() != expected
     # Then the next one delivers what it left, and what was decided meanwhile, each under one id
     decide(database_url, scored("c", action="hide"))
@@ -155,7 +168,12 @@ def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
         expected.add("c")
         wait_until(lambda: endpoint.submissions().keys() == expected, TIMEOUT_S, "what the killed process left")
         assert set(endpoint.submissions().values()) == {1}
-        wait_until(lambda: client.webhook_backlogs()["news"].delivered == 61, TIMEOUT_S, "all of it noted")
+        wait_until(lambda: client.webhook_backlogs()["news"].delivered == 61 + 5, TIMEOUT_S, "all of it noted")
+        # and of each comment what came last comes last
+        reviewed = "comment.reviewed"
+        assert endpoint.told("a0") == [("comment.decided", "hide"), (reviewed, "allow"), (reviewed, "remove")]
+        assert endpoint.told("b0") == [("comment.decided", "remove"), (reviewed, "allow"), ("comment.erased", None)]
+        assert endpoint.told("mild") == [(reviewed, "hide")]
         # And what the process is told to end in is finished
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0

@@ -8,11 +8,13 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from db import dead_letters, policies
+from db import dead_letters, policies, privacy
 from db.dead_letters import DeadLetterRow
 from db.durable import PendingSubmission
-from db.queries import ScoredSubmission, record_decisions, register_version
+from db.feed import Event
+from db.queries import ScoredSubmission, add_review, record_decisions, register_version
 from db.session import open_database, writing
+from db.webhooks import EventToPost
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 POLICY = "allow: everything\n"
@@ -97,6 +99,24 @@ def prepare(connection: Connection, *versions: str) -> None:
     policies.store(connection, POLICY, now=NOON)
     for version in versions:
         register_version(connection, {"version": version, "parent": None}, NOON)
+
+
+def review(connection: Connection, submission_id: str, action: str = "hide", *, minute: float = 1) -> None:
+    """A moderator's word on a decision."""
+    now = minutes(minute)
+    add_review(connection, submission_id=submission_id, action=action, labels={}, reviewer="ann", note=None, now=now)
+
+
+def erase(connection: Connection, submission_id: str, *, minute: float = 2) -> None:
+    """What `moderato erase` does with a comment that `scored` made."""
+    subject = privacy.Subject("comment", f"comment of {submission_id}")
+    privacy.erase(connection, subject, by="ann", reason=None, now=minutes(minute))
+
+
+def told(event: Event | EventToPost) -> str:
+    """The id of what was decided; of another event its last word, too."""
+    kind = event.type.removeprefix("comment.")
+    return event.submission_id if kind == "decided" else f"{event.submission_id} {kind}"
 
 
 def decide(database_url: str, *rows: ScoredSubmission, letters: Sequence[DeadLetterRow] = ()) -> None:

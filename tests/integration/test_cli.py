@@ -249,6 +249,11 @@ class TestReading:
         decide(sqlite_url, scored("late", action="hide"))
         row = json.loads(following.stdout.readline())
         assert (row["submission_id"], row["model_action"], "text" in row) == ("late", "hide", False)
+        # and somebody overturns it
+        moderato("review", "late", "--action", "allow", "--label", "toxic=0", "--reviewer", "ada")
+        row = json.loads(following.stdout.readline())
+        assert (row["type"], row["submission_id"], row["action"]) == ("comment.reviewed", "late", "allow")
+        assert (row["model_action"], row["reviewer"], row["labels"]) == ("hide", "ada", {"toxic": False})
         # Then Ctrl-C ends it with where to go on
         following.send_signal(signal.SIGINT)
         rest, said = following.communicate(timeout=60)
@@ -259,6 +264,10 @@ class TestReading:
         following = moderato.start("results", "-f", "--after", row["cursor"], "--community", "news", "--text")
         assert following.stdout is not None
         assert re.search(r"last  remove +toxic 0\.10 +v1  the text of last", following.stdout.readline())
+        moderato("review", "last", "--action", "hide", "--reviewer", "ada")
+        moderato("erase", "--comment", "comment of last", "--yes")
+        assert re.search(r"last  hide +by ada", following.stdout.readline())
+        assert re.search(r"last  erased", following.stdout.readline())
         following.send_signal(signal.SIGINT)
         assert following.communicate(timeout=60)[0] == ""
 

@@ -1,4 +1,4 @@
-"""The order in which decisions are handed on: nobody who keeps a cursor misses one."""
+"""The order in which events are handed on: nobody who keeps a cursor misses one."""
 
 import socket
 import threading
@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, select, text, union_all
 
 from api_client.client import BrokerUnavailable, InvalidComment, ModerationClient, WaitTimeout
 from api_client.waiting import SetAside, Verdict
-from config.names import DECIDED_CHANNEL
+from config.names import DECIDED_CHANNEL, EventType
 from db import feed, queries
-from db.feed import WritersDoNotEnd, decided_after, position_before, settled_position
+from db.feed import DecidedResult, Erased, Reviewed, WritersDoNotEnd, events_after, position_before, settled_position
+from db.privacy import Subject
 from db.queries import record_decisions
 from db.session import DatabaseProblem, open_database, reading, writing
+from db.tables import Decision, ErasedSubmission, Review
 from tests.integration.outage import outage
-from tests.integration.rows import decide, letter, minutes, prepare, scored
-from tests.services import wait_until
+from tests.integration.rows import decide, erase, letter, minutes, prepare, review, scored, told
+from tests.services import locks_waited_for, wait_until
 
 
 def record(engine: Engine, *ids: str, **changes: Any) -> None:
@@ -33,13 +35,13 @@ def record(engine: Engine, *ids: str, **changes: Any) -> None:
 
 
 def read_on(engine: Engine, position: int) -> tuple[list[str], int]:
-    """What a reader that keeps its position sees now: the ids, and the position it keeps."""
+    """What a reader that keeps its position sees now, and the position it keeps."""
     seen: list[str] = []
     with reading(engine) as connection:
         settled = settled_position(connection)
         while position < settled:
-            rows, position = decided_after(connection, position, settled=settled)
-            seen += [row.submission_id for row in rows]
+            rows, position = events_after(connection, position, settled=settled)
+            seen += [told(row) for row in rows]
     return seen, position
 
 
@@ -62,19 +64,34 @@ class TestOrderOnPostgresql:
         with prepared.connect() as first, prepared.connect() as second:
             yield first, second
 
+    @pytest.mark.parametrize(
+        ("write", "expected"),
+        [
+            (lambda slow: record_decisions(slow, [scored("slow")]), "slow"),
+            (lambda slow: review(slow, "known"), "known reviewed"),
+            (lambda slow: erase(slow, "known"), "known erased"),
+        ],
+        ids=[*EventType],
+    )
     def test_a_smaller_position_that_commits_last_is_not_stepped_over(
-        self, prepared: Engine, two_writers: tuple[Connection, Connection]
+        self,
+        prepared: Engine,
+        two_writers: tuple[Connection, Connection],
+        write: Callable[[Connection], object],
+        expected: str,
     ) -> None:
-        # Given two recordings at once: the first to draw a position is the last to commit
+        # Given two writers at once: the first to draw a position is the last to commit
+        record(prepared, "known")
+        _, before = read_on(prepared, 0)
         slow, quick = two_writers
-        record_decisions(slow, [scored("slow")])
+        write(slow)
         record_decisions(quick, [scored("quick")])
         quick.commit()
         with reading(prepared) as connection:
-            assert [row.submission_id for row in queries.results(connection)] == ["quick"]
+            assert {row.submission_id for row in queries.results(connection)} == {"known", "quick"}
         # When somebody reads on in order
         with ThreadPoolExecutor(1) as pool:
-            reader = pool.submit(read_on, prepared, 0)
+            reader = pool.submit(read_on, prepared, before)
             with pytest.raises(TimeoutError):
                 reader.result(timeout=0.5)
             # and others go on recording, for whom it does not wait
@@ -82,7 +99,7 @@ class TestOrderOnPostgresql:
             slow.commit()
             # Then both are seen, in the order of their positions, and the later one by the next who reads
             seen, position = reader.result(timeout=60)
-        assert seen == ["slow", "quick"]
+        assert seen == [expected, "quick"]
         assert read_on(prepared, position)[0] == ["later"]
 
     def test_a_position_whose_transaction_is_rolled_back_is_a_gap(
@@ -100,18 +117,36 @@ class TestOrderOnPostgresql:
         record(prepared, "slow")
         assert read_on(prepared, 0)[0] == ["quick", "slow"]
 
-    def test_only_who_writes_decisions_is_waited_for(
+    def test_only_who_writes_events_is_waited_for(
         self, prepared: Engine, two_writers: tuple[Connection, Connection]
     ) -> None:
-        # Given a transaction that has locked a decision for long, and one that writes a review of another
-        reader, reviewer = two_writers
-        record(prepared, "a", "b")
+        # Given a transaction that has locked a decision for long, and one that changes another table
+        reader, other = two_writers
+        record(prepared, "a")
         reader.execute(text("SELECT submission_id FROM decisions WHERE submission_id = 'a' FOR UPDATE"))
-        queries.add_review(
-            reviewer, submission_id="b", action="hide", labels={}, reviewer="ann", note=None, now=minutes(1)
-        )
+        other.execute(text("UPDATE submissions SET language = 'en'"))
         # Then nobody waits for either
-        assert read_on(prepared, 0)[0] == ["a", "b"]
+        assert read_on(prepared, 0)[0] == ["a"]
+
+    def test_of_two_reviews_the_later_one_has_the_higher_position(
+        self, prepared: Engine, two_writers: tuple[Connection, Connection]
+    ) -> None:
+        # Given somebody who reviews a decision while somebody else is about to
+        first, second = two_writers
+        record(prepared, "a")
+        review(first, "a", "hide")
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(review, second, "a", "allow")
+            with prepared.connect() as look:
+                wait_until(lambda: locks_waited_for(look), what="the second to wait for the first")
+            first.commit()
+            waits.result(timeout=60)
+            second.commit()
+        # Then what holds in the end is the last that is handed on
+        with reading(prepared) as connection:
+            *_, last = events_after(connection, 0, settled=settled_position(connection))[0]
+            assert isinstance(last, Reviewed)
+            assert last.action == connection.scalar(text("SELECT action FROM current_actions")) == "allow"
 
     def test_a_writer_that_never_ends_is_named(
         self, prepared: Engine, two_writers: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
@@ -123,23 +158,55 @@ class TestOrderOnPostgresql:
         with pytest.raises(WritersDoNotEnd, match=f"processes {process_id}\\)"), reading(prepared) as connection:
             settled_position(connection)
 
-    def test_a_worker_of_an_older_release_gives_positions_too(self, prepared: Engine) -> None:
-        # Given decisions from before there were positions, and one that says nothing of them
-        record(prepared, "old", "older", "new")
-        copied = "submission_id, toxic, severe_toxic, obscene, threat, insult, identity_hate, action, fired_label, \
-            fired_threshold, model_version, policy_version, windows, truncated, queue_ms, compute_ms, decided_at"
+
+DECISION_BEFORE = """toxic, severe_toxic, obscene, threat, insult, identity_hate, action, fired_label, fired_threshold,
+    model_version, policy_version, windows, truncated, queue_ms, compute_ms, decided_at"""
+"""The columns that workers of the release before write, beside the id, and on SQLite the position."""
+COUNTED_BEFORE = "(SELECT COALESCE(MAX(position), 0) + 1 FROM decisions WHERE position IS NOT NULL)"
+
+
+def test_processes_of_the_release_before_give_positions_too(prepared: Engine) -> None:
+    # Given a decision and a review from before there were positions
+    record(prepared, "old", "a", "b")
+    with writing(prepared) as connection:
+        review(connection, "old")
+        connection.execute(text("DELETE FROM decisions WHERE submission_id IN ('a', 'b')"))
+        for table in "decisions", "reviews":
+            connection.execute(text(f"UPDATE {table} SET position = NULL"))
+
+    def decide_as_before(submission_id: str) -> None:
+        columns, values = f"submission_id, {DECISION_BEFORE}", f":id, {DECISION_BEFORE}"
+        if prepared.dialect.name == "sqlite":
+            columns, values = f"{columns}, position", f"{values}, {COUNTED_BEFORE}"
+        statement = f"INSERT INTO decisions ({columns}) SELECT {values} FROM decisions WHERE submission_id = 'old'"
         with writing(prepared) as connection:
-            connection.execute(text("UPDATE decisions SET position = NULL"))
-            connection.execute(text("CREATE TEMPORARY TABLE kept AS SELECT * FROM decisions"))
-            connection.execute(text("DELETE FROM decisions WHERE submission_id = 'new'"))
-            insert = f"INSERT INTO decisions ({copied}) SELECT {copied} FROM kept WHERE submission_id = 'new'"
-            connection.execute(text(insert))
-        # Then the feed begins with it
-        assert read_on(prepared, 0)[0] == ["new"]
+            connection.execute(text(statement), {"id": submission_id})
+
+    def review_as_before(submission_id: str) -> None:
+        columns, values = "submission_id, action, reviewer, reviewed_at", ":id, 'hide', 'mod', CURRENT_TIMESTAMP"
+        with writing(prepared) as connection:
+            connection.execute(text(f"INSERT INTO reviews ({columns}) VALUES ({values})"), {"id": submission_id})
+
+    # When workers and clients of both releases write in turn, and somebody reads after each
+    position, seen = 0, list[str]()
+    for step in (
+        partial(decide_as_before, "a"),
+        partial(review_as_before, "old"),
+        partial(decide_as_before, "b"),
+        partial(record, prepared, "c", "d"),
+        partial(review_as_before, "b"),
+        partial(record, prepared, "e"),
+    ):
+        step()
+        found, position = read_on(prepared, position)
+        seen += found
+    # Then each is seen once, whoever gave its position, and nothing of before
+    assert seen == ["a", "old reviewed", "b", "c", "d", "b reviewed", "e"]
+    assert read_on(prepared, 0)[0] == seen
 
 
-def test_readers_see_every_decision_once_and_in_order_while_many_write(prepared: Engine) -> None:
-    # Given writers that record at the same time, some of them in vain
+def test_readers_see_every_event_once_and_in_order_while_many_write(prepared: Engine) -> None:
+    # Given writers that record, review and erase at the same time, some of them in vain
     writers, batches = 4, 25
     start = threading.Barrier(writers + 1)
     done = threading.Event()
@@ -156,7 +223,12 @@ def test_readers_see_every_decision_once_and_in_order_while_many_write(prepared:
                     if batch % 5 == number:
                         raise ZeroDivisionError
             except ZeroDivisionError:
-                pass
+                continue
+            with writing(prepared) as connection:
+                review(connection, ids[0])
+                time.sleep(0.002 * number)
+            with writing(prepared) as connection:
+                erase(connection, ids[1])
 
     def read() -> list[str]:
         seen: list[str] = []
@@ -176,48 +248,66 @@ def test_readers_see_every_decision_once_and_in_order_while_many_write(prepared:
             written.result()
         done.set()
         seen = reader.result()
-    # Then it has seen every decision that was committed, once, as it lies there now
+    # Then it has seen every event that was committed, once, as it lies there now
+    events = union_all(
+        select(Decision.position, Decision.submission_id),
+        select(Review.position, Review.submission_id + " reviewed"),
+        select(ErasedSubmission.position, ErasedSubmission.submission_id + " erased"),
+    )
     with reading(prepared) as connection:
-        committed = connection.scalars(text("SELECT submission_id FROM decisions ORDER BY position")).all()
-    assert len(committed) == 3 * (writers * batches - writers * batches // 5)
+        committed = [what for _, what in sorted(connection.execute(events).all())]
+    assert len(committed) == 5 * (writers * batches - writers * batches // 5)
     assert seen == committed
 
 
 def test_pages_and_filters(prepared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "ROWS_PER_PAGE", 2)
     monkeypatch.setattr(feed, "POSITIONS_PER_PAGE", 3)
-    # Given seven decisions, one of them overturned since
+    # Given seven decisions, and what people made of some of them
     record(prepared, "1", "2", "3", action="hide")
     record(prepared, "4", community="news")
     record(prepared, "5", "6", action="remove", community="news")
     record(prepared, "7", decided_at=minutes(60))
     with writing(prepared) as connection:
-        queries.add_review(
-            connection, submission_id="2", action="allow", labels={}, reviewer="ann", note=None, now=minutes(1)
-        )
+        review(connection, "2", "allow")
+        review(connection, "7", "label", minute=61)
+        erase(connection, "7", minute=62)
+        review(connection, "4", "hide")
+        review(connection, "4", "allow")
+        erase(connection, "4")
 
     def all_of(**filters: Any) -> list[str]:
         with reading(prepared) as connection:
             settled, position, seen = settled_position(connection), 0, list[str]()
             while position < settled:
-                rows, position = decided_after(connection, position, settled=settled, **filters)
-                seen += [row.submission_id for row in rows]
+                rows, position = events_after(connection, position, settled=settled, **filters)
+                seen += [told(row) for row in rows]
         return seen
 
     # Then pages leave none out, whatever is looked for
-    assert all_of() == ["1", "2", "3", "4", "5", "6", "7"]
-    assert all_of(actions=["hide", "remove"]) == ["1", "2", "3", "5", "6"]
+    decided = ["1", "2", "3", "4", "5", "6", "7"]
+    in_news = ["4 reviewed", "4 reviewed", "4 erased"]
+    assert all_of() == [*decided, "2 reviewed", "7 reviewed", "7 erased", *in_news]
+    assert all_of(types=[EventType.DECIDED]) == decided
+    assert all_of(types=[EventType.ERASED]) == ["7 erased", "4 erased"]
+    # and who looks for an action hears what came after it, also of one that a reviewer led to
+    assert all_of(actions=["hide", "remove"]) == ["1", "2", "3", "5", "6", "2 reviewed", *in_news]
     assert all_of(actions=["remove"], community="news") == ["5", "6"]
+    assert all_of(actions=["hide"], community="news") == in_news
     assert all_of(community="sports") == []
     with reading(prepared) as connection:
-        [_, second], _ = decided_after(connection, 0, settled=2)
+        settled = settled_position(connection)
+        [_, second], _ = events_after(connection, 0, settled=2)
+        assert isinstance(second, DecidedResult)
         assert (second.model_action, second.action, second.cursor) == ("hide", "allow", str(second.position))
-        # And a time leads to the position before what was decided since
-        assert decided_after(connection, position_before(connection, minutes(30)), settled=7)[0][0].submission_id == "7"
-        assert position_before(connection, minutes(90)) == 7
+        # And a time leads to the position before what happened since
+        assert told(events_after(connection, position_before(connection, minutes(30)), settled=settled)[0][0]) == "7"
+        after = position_before(connection, minutes(61.5))
+        assert told(events_after(connection, after, settled=settled)[0][0]) == "7 erased"
+        assert position_before(connection, minutes(90)) == settled
         assert position_before(connection, minutes(-90)) == 0
         # And a cursor beyond what there is, as of a database that was set back, finds nothing
-        assert decided_after(connection, 99, settled=7) == ([], 99)
+        assert events_after(connection, 99, settled=settled) == ([], 99)
 
 
 @pytest.fixture
@@ -241,6 +331,18 @@ class TestFollowing:
         for _ in range(2):
             with closing(client.follow(cursor)) as resumed:
                 assert [row.submission_id for row in islice(resumed, 2)] == ["b", "c"]
+        # And hears what people made of them, unless it asks for decisions alone
+        client.review("a", action="hide", labels={"insult": 1}, reviewer="ann", note="rude")
+        client.erase(Subject("comment", "comment of b"), by="ann")
+        with closing(client.follow(cursor)) as resumed:
+            *_, reviewed, erased = islice(resumed, 4)
+        assert isinstance(reviewed, Reviewed) and isinstance(erased, Erased)
+        assert (reviewed.submission_id, reviewed.action, reviewed.model_action) == ("a", "hide", "allow")
+        assert (reviewed.labels, reviewed.note) == ({"insult": True}, "rude")
+        assert (erased.submission_id, erased.cursor > reviewed.cursor) == ("b", True)
+        decide(database_url, scored("d"))
+        with closing(client.follow(cursor, events=["comment.decided"])) as decisions:
+            assert [row.submission_id for row in islice(decisions, 3)] == ["b", "c", "d"]
 
     def test_what_cannot_be_followed(self, client: ModerationClient) -> None:
         with pytest.raises(ValueError, match="'last tuesday' is no cursor"):
@@ -249,6 +351,8 @@ class TestFollowing:
             client.follow("1", since=minutes(0))
         with pytest.raises(ValueError, match="unknown action 'shout'"):
             client.follow(actions=["hide", "shout"])
+        with pytest.raises(ValueError, match="unknown event 'decided'"):
+            client.follow(events=["decided"])
 
     def test_it_ends_when_it_is_told(self, client: ModerationClient) -> None:
         stop = threading.Event()

@@ -14,14 +14,15 @@ from api_client.listening import Nudges
 from api_client.webhooks import Poster, deliver
 from cli.health import health
 from cli.terminal import Problem
-from config.names import Action
+from config.names import Action, EventType
 from config.settings import EndpointSettings, load_settings
 from db import feed, webhooks
 from db.durable import database_time
+from db.feed import Reviewed
 from db.queries import record_decisions
 from db.session import open_database, reading, writing
 from tests.commands import run_here
-from tests.integration.rows import NOON, decide, prepare, scored
+from tests.integration.rows import NOON, decide, erase, prepare, review, scored, told
 from tests.services import slow_server
 
 LEASE = timedelta(minutes=5)
@@ -69,7 +70,7 @@ def claim(engine: Engine, *, limit: int = 10, later: timedelta = timedelta(0)) -
 
 
 def ids(claims: list[webhooks.Claim]) -> list[str]:
-    return [each.submission_id for each in claims]
+    return [told(each.event) for each in claims]
 
 
 def test_each_decision_is_delivered_once_to_each_endpoint(outbox: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +101,68 @@ def test_each_decision_is_delivered_once_to_each_endpoint(outbox: Engine, monkey
         connection.exec_driver_sql("UPDATE webhook_cursors SET position = 0")
     fill(outbox)
     assert claim(outbox) == []
+
+
+def test_reviews_and_erasures_follow_the_decision_that_an_endpoint_heard_of(outbox: Engine) -> None:
+    fill(outbox)
+    # Given what people made of what is hidden, and of what was allowed; and a sender of the release before, which
+    # moves the cursor of the decisions on
+    with writing(outbox) as connection:
+        for submission_id, action in ("0", "allow"), ("1", "hide"), ("3", "label"), ("0", "label"):
+            review(connection, submission_id, action)
+        for submission_id in "2", "5":
+            erase(connection, submission_id)
+        record_decisions(connection, [scored("new", action="allow")])
+        connection.exec_driver_sql("UPDATE webhook_cursors SET position = (SELECT MAX(position) FROM decisions)")
+    while fill(outbox):
+        pass
+    seen = outstanding(outbox)
+    assert seen is not None and seen.pending == 5 + 4
+    # Then a review of what is to be hidden is due at once, and others when their decision is delivered or given up
+    decisions = {each.submission_id: each for each in claim(outbox, limit=20)}
+    assert list(decisions) == ["0", "2", "4", "6", "8", "1"]
+    assert decisions["1"].event.type == EventType.REVIEWED
+    assert claim(outbox) == []
+    now = now_of(outbox)
+    with writing(outbox) as connection:
+        webhooks.delivered(connection, [each for key, each in decisions.items() if key != "2"], now=now)
+        webhooks.failed(connection, decisions["2"], error="answered 400", next_attempt_at=None, now=now)
+    first, erasure = claim(outbox)
+    assert ids([first, erasure]) == ["0 reviewed", "2 erased"]
+    # and of two reviews the second after the first
+    with writing(outbox) as connection:
+        webhooks.failed(connection, first, error="answered 500", next_attempt_at=now + LEASE, now=now)
+        webhooks.failed(connection, erasure, error="answered 400", next_attempt_at=None, now=now)
+    assert claim(outbox) == []
+    [first] = claim(outbox, later=LEASE)
+    assert (first.attempts, ids([first])) == (2, ["0 reviewed"])
+    with writing(outbox) as connection:
+        webhooks.delivered(connection, [first], now=now)
+    [second] = claim(outbox)
+    assert isinstance(second.event, Reviewed) and second.event.action == "label"
+    # And they are listed, tried again and deleted as decisions are
+    with writing(outbox) as connection:
+        backlog = webhooks.backlogs(connection)["news"]
+        assert (backlog.pending, backlog.delivered, backlog.dead) == (1, 6, 2)
+        assert {(each.submission_id, each.event) for each in webhooks.dead(connection, limit=2)} == {
+            ("2", "comment.decided"),
+            ("2", "comment.erased"),
+        }
+        assert webhooks.retry(connection, submission_ids=["2"], now=now) == 2
+        assert webhooks.purge(connection, finished_before=now + LEASE) == 6
+        backlog = webhooks.backlogs(connection)["news"]
+        assert (backlog.pending, backlog.delivered, backlog.dead) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_an_endpoint_for_all_hears_of_all(outbox: Engine) -> None:
+    with writing(outbox) as connection:
+        review(connection, "1", "label")
+        erase(connection, "5")
+    while fill(outbox, actions=None, communities=["sports"]):
+        pass
+    seen = outstanding(outbox)
+    assert seen is not None and seen.pending == 6 + 2
 
 
 def test_a_claim_is_nobody_elses_until_its_lease_has_run_out(outbox: Engine) -> None:
