@@ -89,10 +89,13 @@ def _load(directory: Path) -> "Scorer":
 
 
 def _measure(scorers: "Sequence[Scorer]", file: Path) -> list[dict[str, Any]]:
+    from cli.evaluating import warn_of_training_rows
     from trainer.dataset import read_csv
     from trainer.evaluation import measure
 
     rows = read_csv(file)
+    for scorer in scorers:
+        warn_of_training_rows(scorer.manifest, file.name, rows)
     return [measure(score_texts(scorer, rows.texts), rows).as_dict() for scorer in scorers]
 
 

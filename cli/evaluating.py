@@ -13,6 +13,8 @@ from cli.terminal import Problem, out, print_json, say, shorten
 from config.names import LABELS, STARTER_VERSION
 
 if TYPE_CHECKING:
+    from model.version import Manifest
+    from trainer.dataset import Dataset
     from trainer.report import Miss
 
 OF_SCORES = {"roc_auc": "ROC-AUC", "average_precision": "average precision", "log_loss": "log loss", "ece": "ECE"}
@@ -75,6 +77,8 @@ def evaluate(
         raise Problem(f"there are no rows in {', '.join(sources)}")
     scorer = load_scorer(find_version(version), engine=engine, threads=settings().worker.threads)
     say(f"version {scorer.version}, {scorer.engine.description}")
+    for source, part in zip(sources, parts, strict=True):
+        warn_of_training_rows(scorer.manifest, source, part)
     scores = score_texts(scorer, rows.texts)
     if thresholds:
         print(policy_yaml(advised_thresholds(scores, rows.labels, chosen.target_precision)), end="")
@@ -92,6 +96,16 @@ def evaluate(
 
         cuts = {label: metrics.threshold for label, metrics in evaluation.labels.items()}
         _show_misses(worst_misses(rows.texts, scores, rows.labels, thresholds=cuts, most=misses))
+
+
+def warn_of_training_rows(manifest: "Manifest", source: str, rows: "Dataset") -> None:
+    """Say where a version is measured on the very rows that it was trained on."""
+    trained_on = {part["sha256"] for part in manifest.dataset.get("sources", [])}
+    if rows.sha256 in trained_on:
+        say(
+            f"warning: version {manifest.version} was trained on the rows of {source}: figures on them say nothing "
+            "about other comments"
+        )
 
 
 def show_evaluation(evaluation: Mapping[str, Any]) -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from trainer.report import Measured
 
 
+OUR_TITLE = b": report of a moderato version</title>"
+HEAD_BYTES = 4_096
+
+
 def report(
     version: Annotated[str, typer.Argument(help="Name in the versions directory, or a version's own directory.")],
     holdout: Annotated[
@@ -19,6 +23,7 @@ def report(
         typer.Option(exists=True, dir_okay=False, help="Labelled CSV to measure it on now: adds curves and misses."),
     ] = None,
     output: Annotated[Path, typer.Option(dir_okay=False, help="File to write.")] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is no report of a version.")] = False,
     misses: Annotated[
         int, typer.Option(min=0, max=1000, help="Comments to show of each kind of miss and label, with --holdout.")
     ] = 10,
@@ -33,6 +38,8 @@ def report(
     from model.version import verify
     from trainer.report import measured_at_training, render_page
 
+    if not force and _is_someone_else_s(output):
+        raise Problem(f"{output} is not a report, and would be overwritten: name another --output, or add --force")
     directory = find_version(version)
     manifest = verify(directory)
     facts = manifest.model_dump()
@@ -47,8 +54,18 @@ def report(
     say(f"the report of {manifest.version} is in {output}{held}")
 
 
+def _is_someone_else_s(file: Path) -> bool:
+    """Whether a file is there that this command did not write."""
+    try:
+        with file.open("rb") as opened:
+            return OUR_TITLE not in opened.read(HEAD_BYTES)
+    except OSError:  # whether it can be written is seen when it is
+        return False
+
+
 def _measure(directory: Path, holdout: Path, most: int) -> "Measured":
     """The version's figures on a file, scored as a worker would."""
+    from cli.evaluating import warn_of_training_rows
     from config.settings import settings
     from model.engine import load_scorer
     from trainer.evaluation import evaluate
@@ -60,6 +77,7 @@ def _measure(directory: Path, holdout: Path, most: int) -> "Measured":
         raise Problem(f"{holdout} has no rows")
     chosen = settings().worker
     scorer = load_scorer(directory, device=chosen.device, engine=chosen.engine, threads=chosen.threads)
+    warn_of_training_rows(scorer.manifest, holdout.name, rows)
     with progress(f"measuring on {holdout.name}"):
         evaluation = evaluate(scorer, rows, robustness_rows=settings().trainer.robustness_rows)
     thresholds = {label: metrics.threshold for label, metrics in evaluation.labels.items()}

@@ -154,7 +154,11 @@ def _advice(scores: NDArray[np.floating], labels: NDArray[np.floating], target_p
 
 
 def policy_yaml(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
-    """The advice in the form of config/policy.yaml: review at the best F1, hide at the target precision."""
+    """The advice in the form of config/policy.yaml: review at the best F1, hide at the target precision.
+
+    Where the precision is reached below the best F1, as on rows that a version has learnt, the two change places:
+    nothing is hidden below the best F1.
+    """
     lines = []
     for label in LABELS:
         advice = thresholds.get(label) or {}
@@ -163,8 +167,11 @@ def policy_yaml(thresholds: Mapping[str, Mapping[str, Any]]) -> str:
             for action, kind in (("review", "best_f1"), ("hide", "target_precision"))
             if advice.get(kind)
         }
-        if len(rules) == 2 and rules["review"]["threshold"] >= rules["hide"]["threshold"]:
-            del rules["review"]  # whatever would be reviewed is sure enough to hide
+        if len(rules) == 2:
+            milder, stricter = sorted(rules.values(), key=lambda rule: rule["threshold"])
+            rules = {"review": milder, "hide": stricter}
+            if milder["threshold"] == stricter["threshold"]:
+                del rules["review"]
         if rules:
             shown = ", ".join(f"{action}: {rule['threshold']}" for action, rule in rules.items())
             reached = "; ".join(

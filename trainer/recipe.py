@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoTokenizer
 
 from config.drift import score_histogram
@@ -39,7 +40,7 @@ from trainer.evaluation import Evaluation, evaluate
 from trainer.export import export_int8
 from trainer.report import CARD_FILE, REPORT_FILE, write_report
 from trainer.soundness import check_batching, check_int8, compare_int8
-from trainer.training import Progress, Report, fine_tune, process_rank
+from trainer.training import Progress, Report, TrainingFailed, fine_tune, process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +86,23 @@ def from_encoder(settings: TrainerSettings, work_dir: Path) -> StartingPoint:
     """Start from the pretrained encoder of the settings. Its tokenizer and the known words are put into `work_dir`.
 
     Raises:
-        OSError: the hub or the directory has no such encoder, or no safetensors weights.
+        TrainingFailed: the hub or the directory has no such encoder, no safetensors weights, or cannot be reached.
     """
     torch.manual_seed(settings.seed)  # of the heads, which begin at random
-    network = ToxicityNetwork.from_pretrained_encoder(settings.encoder)
-    AutoTokenizer.from_pretrained(settings.encoder).backend_tokenizer.save(str(work_dir / TOKENIZER_FILE))
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it warns of each of its retries
+    try:
+        network = ToxicityNetwork.from_pretrained_encoder(settings.encoder)
+        tokenizer = AutoTokenizer.from_pretrained(settings.encoder)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise TrainingFailed(
+            f"the encoder {settings.encoder} cannot be loaded: {why} Name a directory that holds it, load it once "
+            "with a network, or train a version further with --from"
+        ) from None
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    tokenizer.backend_tokenizer.save(str(work_dir / TOKENIZER_FILE))
     shutil.copyfile(KNOWN_WORDS, work_dir / WORDS_FILE)
     return StartingPoint(network, work_dir, settings.max_length, parent=None)
 

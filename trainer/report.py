@@ -312,7 +312,10 @@ def _context(directory: Path, facts: Mapping[str, Any], figures: Mapping[str, An
         "glance": _glance(figures),
         "labels": label_table(figures),
         "rough_positives": ROUGH_POSITIVES,
-        "rough": [label for label, each in figures.get("labels", {}).items() if each["positives"] < ROUGH_POSITIVES],
+        "rough": [
+            label for label, each in figures.get("labels", {}).items() if 0 < each["positives"] < ROUGH_POSITIVES
+        ],
+        "without_positives": [label for label, each in figures.get("labels", {}).items() if not each["positives"]],
         "intervals": any(each.get("intervals") for each in figures.get("labels", {}).values()),
         "confusion": confusion_tables(figures),
         "thresholds": threshold_tables(facts.get("thresholds") or {}),
@@ -370,7 +373,8 @@ def _glance(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     found = []
     if (mean := figures.get("mean_roc_auc")) is not None:
         interval = interval_words(figures.get("mean_roc_auc_interval"))
-        found.append(("mean ROC-AUC", f"{mean:.3f}", interval or f"on {figures['rows']:,} held-out rows"))
+        rows = f"on {figures['rows']:,} row{'' if figures['rows'] == 1 else 's'}"
+        found.append(("mean ROC-AUC", f"{mean:.3f}", ", ".join(filter(None, (interval, rows)))))
     if known := {k: v for k, v in figures.get("labels", {}).items() if v.get("roc_auc") is not None}:
         worst = min(known, key=lambda label: float(known[label]["roc_auc"]))
         found.append(("lowest ROC-AUC of a label", f"{known[worst]['roc_auc']:.3f}", worst))

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cli.evaluating import warn_of_training_rows
 from cli.main import app
 from config.names import LABELS
 from config.settings import ROOT, load_settings, read_recipe, relative_to_root, settings, trainer_settings
@@ -190,6 +191,28 @@ def test_an_old_manifest_has_a_page_without_what_it_lacks() -> None:
     assert "## Evaluation" not in render_card(STARTER_DIRECTORY, facts)
 
 
+def test_how_many_rows_there_were_is_told_beside_the_figure(tiny_version: Path) -> None:
+    # Given figures on few rows, of which a label has no positives and another some
+    facts = complete(read_manifest(tiny_version).model_dump())
+    figures = facts["metrics"]["holdout_int8"]
+    figures["rows"] = 22
+    for label, positives in zip(LABELS, (0, 3, 500, 500, 500, 500), strict=True):
+        figures["labels"][label]["positives"] = positives
+    # Then the first figure says so, and a label that was not measured is not called a rough figure
+    text = " ".join(Page(page_of(facts, tiny_version)).text.split())
+    assert "on 22 rows" in text
+    assert f"so a rough figure: {LABELS[1]}. No positives, so not measured: {LABELS[0]}." in text
+
+
+def test_rows_that_a_version_was_trained_on_are_told(tiny_version: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_csv(ROOT / "samples" / "holdout.csv").take(range(60))
+    manifest = read_manifest(tiny_version)
+    trained_on = manifest.dataset | {"sources": [{"name": "mine.csv", "rows": 60, "sha256": rows.sha256}]}
+    for dataset, warns in ((manifest.dataset, False), (trained_on, True)):
+        warn_of_training_rows(manifest.model_copy(update={"dataset": dataset}), "rows.csv", rows)
+        assert ("rows.csv" in capsys.readouterr().err) is warns
+
+
 def test_markup_in_names_notes_and_comments_is_shown_as_text(facts: dict[str, Any], tiny_version: Path) -> None:
     # Given markup wherever somebody's words come in
     hostile = facts | {
@@ -332,6 +355,11 @@ def test_the_command_adds_the_verdict_curves_and_misses(
     rows = "".join((ROOT / "samples" / "holdout.csv").read_text(encoding="utf-8").splitlines(keepends=True)[:40])
     (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")
     command = ["report", str(tiny_version), "--output", str(tmp_path / "page.html")]
+    # And a file of somebody else's, which is not overwritten
+    (tmp_path / "page.html").write_text("<title>mine</title>")
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1 and "page.html is not a report" in refused.stderr
+    command.append("--force")
     # When its report is asked for with these rows to measure it on
     said = moderato(*command, "--holdout", str(tmp_path / "rows.csv"), "--misses", "1", database_url=sqlite_url)
     # Then the page has the verdict, the curves of these rows and their misses
@@ -341,7 +369,8 @@ def test_the_command_adds_the_verdict_curves_and_misses(
     assert "worse at <threats>" in page.text and "rows.csv, now, on" in page.text
     assert "ROC curve of each label" in [drawing["aria-label"] for drawing in page.all("svg")]
 
-    # When there is no database to ask, then the page goes without, and says so
+    # When there is no database to ask, then the page, overwritten without a word, goes without, and says so
+    command.remove("--force")
     said = moderato(*command, database_url=f"sqlite:///{tmp_path}/none.db")
     assert "goes without a verdict" in said
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))

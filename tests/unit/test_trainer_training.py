@@ -27,6 +27,7 @@ from model.torch_engine import load_network
 from trainer.checkpoints import CheckpointError, checkpoint_folder, last_checkpoint, mark_complete
 from trainer.dataset import Dataset, read_csv
 from trainer.evaluation import measure
+from trainer.recipe import from_encoder
 from trainer.training import FineTuned, Progress, Report, TrainingFailed, fine_tune, parameter_groups
 
 ROWS = 20
@@ -180,6 +181,13 @@ def test_labels_that_nobody_knows_are_trained_on_without_harm(
     unknown = replace(data, labels=np.full((ROWS, 6), np.nan, dtype=np.float32))
     assert train(network, unknown).loss == 0
     assert weights(network).isfinite().all()
+
+
+def test_an_encoder_that_cannot_be_loaded_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingFailed, match=str(tmp_path)) as failed:
+        from_encoder(tiny_settings(encoder=str(tmp_path)), tmp_path)
+    assert "\n" not in str(failed.value)
+    assert capfd.readouterr().err == ""
 
 
 class TestSteps:
