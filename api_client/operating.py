@@ -19,7 +19,7 @@ from db.session import DatabaseProblem
 
 
 class RefusedByGate(DatabaseProblem):
-    """A version that the gate refused is activated only by force."""
+    """A version that the gate refused, or that was superseded while it trained, is activated only by force."""
 
 
 class Operator(Connections):
@@ -124,7 +124,7 @@ class Operator(Connections):
         Raises:
             ActiveChanged: another version was activated after `instead_of`.
             NoSuchVersion: no version is registered under this name.
-            RefusedByGate: it is worse than what was active when it was trained.
+            RefusedByGate: it is worse than what was active when it was trained, or was superseded meanwhile.
         """
         with self._holding_activations() as connection:
             _require_gate(connection, version, force=force)
@@ -300,7 +300,7 @@ class Operator(Connections):
             TrialIsLive: another trial runs.
             NoSuchVersion: no version is registered under this name.
             NothingToTry: it is the active version, or none is active.
-            RefusedByGate: it is worse than what was active when it was trained.
+            RefusedByGate: it is worse than what was active when it was trained, or was superseded meanwhile.
             ValueError: the share.
         """
         if not 0 < share <= 1:
@@ -397,7 +397,7 @@ class Operator(Connections):
 def _require_gate(connection: Connection, version: str, *, force: bool) -> None:
     run = queries.run_that_wrote(connection, version)
     if run is not None and run.state == "refused" and not force:
-        raise RefusedByGate(f"version {version} was refused by the gate, use force to activate it: {run.reason}")
+        raise RefusedByGate(f"version {version} was refused after its training, use force to activate it: {run.reason}")
 
 
 def _policy_hash(connection: Connection, prefix: str | None) -> str | None:

@@ -214,7 +214,7 @@ def rollback(
         active, target = client.rollback_policy_target(to=to)
         if not yes:
             say(f"now {_activation(active)}")
-            _show_differences(client, ACTIVE, target)
+            _show_differences(client, ACTIVE, target[:HASH_CHARS])
             confirm(f"Go back to policy {target[:HASH_CHARS]}?")
         client.rollback_policy(instead_of=active, to=target, by=by or user(), reason=reason)
         _say_who_follows(client, target)
