@@ -107,7 +107,7 @@ def fill(
         _insert(connection, WebhookEventDelivery, made)
     moved = update(WebhookCursor).where(WebhookCursor.endpoint == endpoint)
     connection.execute(moved.values(position=decided, events_position=others, updated_at=now))
-    return others < settled
+    return min(decided, others) < settled
 
 
 def _next(start: int, end: int) -> int:

@@ -24,7 +24,7 @@ from tests.acceptance.system import TIMEOUT_S, System
 from tests.integration.rows import decide, scored
 from tests.services import wait_until
 
-ENDPOINT_TIMEOUT_S = 1
+ENDPOINT_TIMEOUT_S = 2
 SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
 
@@ -75,7 +75,7 @@ def endpoint(receiver_class: type[BaseHTTPRequestHandler]) -> Iterator[Endpoint]
             posted.attempts[self.headers["webhook-id"]] += 1
             status = posted.answers.pop(0) if posted.answers else None
             if status == 0 or not posted.open.is_set():
-                time.sleep(3 * ENDPOINT_TIMEOUT_S)
+                time.sleep(ENDPOINT_TIMEOUT_S + 1)
                 posted.open.wait(TIMEOUT_S)
                 self.close_connection = True
             elif status is not None:

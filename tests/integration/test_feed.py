@@ -19,13 +19,14 @@ from api_client.client import BrokerUnavailable, InvalidComment, ModerationClien
 from api_client.waiting import SetAside, Verdict
 from config.names import DECIDED_CHANNEL, EventType
 from db import feed, queries
+from db.durable import record_pending
 from db.feed import DecidedResult, Erased, Reviewed, WritersDoNotEnd, events_after, position_before, settled_position
 from db.privacy import Subject
 from db.queries import record_decisions
 from db.session import DatabaseProblem, open_database, reading, writing
 from db.tables import Decision, ErasedSubmission, Review
 from tests.integration.outage import outage
-from tests.integration.rows import decide, erase, letter, minutes, prepare, review, scored, told
+from tests.integration.rows import decide, erase, letter, minutes, pending, prepare, review, scored, told
 from tests.services import locks_waited_for, wait_until
 
 
@@ -263,7 +264,7 @@ def test_readers_see_every_event_once_and_in_order_while_many_write(prepared: En
 def test_pages_and_filters(prepared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "ROWS_PER_PAGE", 2)
     monkeypatch.setattr(feed, "POSITIONS_PER_PAGE", 3)
-    # Given seven decisions, and what people made of some of them
+    # Given seven decisions, what people made of some of them, and a comment that was erased before it was decided
     record(prepared, "1", "2", "3", action="hide")
     record(prepared, "4", community="news")
     record(prepared, "5", "6", action="remove", community="news")
@@ -275,6 +276,8 @@ def test_pages_and_filters(prepared: Engine, monkeypatch: pytest.MonkeyPatch) ->
         review(connection, "4", "hide")
         review(connection, "4", "allow")
         erase(connection, "4")
+        record_pending(connection, [pending("8")])
+        erase(connection, "8")
 
     def all_of(**filters: Any) -> list[str]:
         with reading(prepared) as connection:
@@ -287,9 +290,9 @@ def test_pages_and_filters(prepared: Engine, monkeypatch: pytest.MonkeyPatch) ->
     # Then pages leave none out, whatever is looked for
     decided = ["1", "2", "3", "4", "5", "6", "7"]
     in_news = ["4 reviewed", "4 reviewed", "4 erased"]
-    assert all_of() == [*decided, "2 reviewed", "7 reviewed", "7 erased", *in_news]
+    assert all_of() == [*decided, "2 reviewed", "7 reviewed", "7 erased", *in_news, "8 erased"]
     assert all_of(types=[EventType.DECIDED]) == decided
-    assert all_of(types=[EventType.ERASED]) == ["7 erased", "4 erased"]
+    assert all_of(types=[EventType.ERASED]) == ["7 erased", "4 erased", "8 erased"]
     # and who looks for an action hears what came after it, also of one that a reviewer led to
     assert all_of(actions=["hide", "remove"]) == ["1", "2", "3", "5", "6", "2 reviewed", *in_news]
     assert all_of(actions=["remove"], community="news") == ["5", "6"]
