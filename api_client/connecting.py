@@ -16,7 +16,7 @@ from api_client.listening import BROKER_ERRORS, AnswerLines, prompt_options
 from config.broker import transport_options
 from config.logs import briefly
 from config.names import ACTIVATION_CHANGED, WORKER_CONTROL_EXCHANGE
-from config.settings import Settings, SettingsError, settings, without_password
+from config.settings import Settings, SettingsError, embedded_directory, settings, without_password
 from config.urls import check_broker_url, parse_database_url
 from db.session import DatabaseProblem, lacks_file, open_database, reading, sqlite_file, without_rows, writing
 
@@ -116,9 +116,15 @@ class Connections:
         self._engine.dispose()
 
     def _with_broker(
-        self, act: Callable[[], Answer], consequence: str, pauses_s: Sequence[float] = RESEND_PAUSES_S
+        self,
+        act: Callable[[], Answer],
+        consequence: str | Callable[[], str],
+        pauses_s: Sequence[float] = RESEND_PAUSES_S,
     ) -> Answer:
         """Do something with Redis, again after a pause where it fails.
+
+        Args:
+            consequence: of having failed, for the message; a function is asked after the last attempt.
 
         Raises:
             BrokerUnavailable: it failed each time.
@@ -129,8 +135,11 @@ class Connections:
             except BROKER_ERRORS as error:
                 if pause_s is None:
                     url = without_password(self._broker_url)
+                    what = consequence if isinstance(consequence, str) else consequence()
+                    is_embedded = str(embedded_directory()) in url
+                    hint = "`moderato up` starts it" if is_embedded else "`moderato doctor` looks for the reason"
                     raise BrokerUnavailable(
-                        f"the broker {url} cannot be used: {briefly(error)}; {consequence}"
+                        f"the broker {url} cannot be used: {briefly(error).rstrip('.')}; {what}; {hint}"
                     ) from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
@@ -152,7 +161,7 @@ class Connections:
             from db.migrate import SchemaMismatch
 
             file = sqlite_file(self._database_url)
-            raise SchemaMismatch(f"there is no database {file}: run `moderato db upgrade`")
+            raise SchemaMismatch(f"there is no database {file}: `moderato up` makes it, or run `moderato db upgrade`")
         try:
             yield
         except DBAPIError as error:

@@ -6,7 +6,7 @@ Owns the producer's wire form, which is that of Celery's `send_task`, field by f
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -40,6 +40,7 @@ def push(
     messages: Sequence[tuple[str, list[dict[str, Any]]]],
     own_headers: Mapping[str, float | str],
     limits: Limits | None = None,
+    before_sending: Callable[[], None] | None = None,
 ) -> None:
     """Append messages to a queue, all of them or none, in their order.
 
@@ -48,10 +49,12 @@ def push(
         messages: at least one; of each the task id and its comments.
         own_headers: of each message, beside Celery's: see `config.names`.
         limits: within which they must stay.
+        before_sending: called once Redis has answered and everything is ready to be sent.
 
     Raises:
         QueueFull, RateLimited: they do not.
-        KombuError, RedisError, OSError: Redis may or may not have taken them.
+        KombuError, RedisError, OSError: Redis may or may not have taken them; without a call of `before_sending` it
+            has not.
     """
     channel = broker.default_channel
     declared = app.amqp.queues[queue]
@@ -84,6 +87,8 @@ def push(
             **route,
         )
         after_task_publish.send(sender=MODERATE_TASK, body=body, headers=headers, **route)
+    if before_sending:
+        before_sending()
     if limits:
         limits.take(channel, pushed.list_key, len(pushed.payloads), pushed.payloads)
     else:

@@ -325,12 +325,24 @@ class Producer(Connections):
                     ask(broker, queue, len(messages), limits)
             limits = None
 
+        may_be_there = False
+
+        def before_sending() -> None:
+            nonlocal may_be_there
+            may_be_there = True
+
+        def consequence() -> str:
+            if not may_be_there:
+                return "nothing was submitted"
+            how_many = "1 comment" if len(comments) == 1 else f"{len(comments):,} comments"
+            return f"{how_many} may or may not have been submitted; {SAFE_AGAIN}"
+
         def publish() -> None:
             nonlocal limits
             # Once: where Redis took them and its answer was lost, the queue may be full of them.
             asked, limits = limits, None
             with connections.acquire(block=True) as broker:
-                push(self._app, broker, queue, messages, own_headers, asked)
+                push(self._app, broker, queue, messages, own_headers, asked, before_sending)
 
         if durable:
             is_there = self._if_broker_is_there(ask_first)
@@ -339,7 +351,7 @@ class Producer(Connections):
             if is_there:
                 self._if_broker_is_there(publish)
         else:
-            self._with_broker(publish, f"{len(comments)} comments may or may not have been submitted; {SAFE_AGAIN}")
+            self._with_broker(publish, consequence)
         for task_id, listed in messages:
             ids.add(task_id, listed)
         return ids

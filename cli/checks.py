@@ -429,8 +429,8 @@ def check_processes(settings: Settings) -> Iterator[Finding]:
         yield Finding("processes", "unknown", f"could not be asked: {'; '.join(activity.problems)}")
         return
     parts = (
-        ("worker", activity.workers, f"celery -A worker worker -Q {','.join(MODERATE_QUEUES)}"),
-        ("trainer", activity.trainers, f"celery -A trainer worker -Q {RETRAIN_QUEUE}"),
+        ("worker", activity.workers, f"celery -A worker worker -Q {','.join(MODERATE_QUEUES)} -n worker@%h"),
+        ("trainer", activity.trainers, f"celery -A trainer worker -Q {RETRAIN_QUEUE} -n trainer@%h"),
     )
     for part, nodes, command in parts:
         if twice := sorted({node for node in nodes if nodes.count(node) > 1}):

@@ -65,15 +65,15 @@ def _url(part: Part, *, ready: bool) -> str:
     from config.settings import settings
 
     metrics = settings().metrics
-    port = {
-        Part.WORKER: metrics.worker_port,
-        Part.TRAINER: metrics.trainer_port,
-        Part.WEBHOOKS: metrics.webhooks_port,
+    port, usual_port = {
+        Part.WORKER: (metrics.worker_port, 9464),
+        Part.TRAINER: (metrics.trainer_port, 9465),
+        Part.WEBHOOKS: (metrics.webhooks_port, 9466),
     }[part]
     if not port:
         raise Problem(
             f"metrics.{part}_port is 0, so nothing answers: set it for that process and for this command alike, as in "
-            f"MODERATO_METRICS__{part.upper()}_PORT=9464"
+            f"MODERATO_METRICS__{part.upper()}_PORT={usual_port}"
         )
     # Listening on every address, it answers on this one.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(metrics.host, metrics.host)

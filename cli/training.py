@@ -189,7 +189,9 @@ def follow_run(
             _show_progress(update, phase, run.step, run.total_steps, run.loss, run.seconds_left)
             if run.state == "requested" and not hinted and time.monotonic() - waits_since > TRAINER_HINT_S:
                 hinted = True
-                err.print("no trainer has taken it yet; is one running? celery -A trainer worker -Q retrain")
+                err.print(
+                    "no trainer has taken it yet; is one running? celery -A trainer worker -Q retrain -n trainer@%h"
+                )
             time.sleep(LOOK_S)
 
 

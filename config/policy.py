@@ -153,7 +153,9 @@ def _thresholds(value: object, where: str) -> tuple[tuple[float, Action], ...]:
     rules = _mapping(value, where, [action.value for action in Action if action is not Action.ALLOW])
     for action, threshold in rules.items():
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise PolicyError(f"{where}.{action} = {_shown(threshold)} is not a threshold from 0 to 1")
+            # YAML reads 5e-1 as text.
+            hint = "; write a plain number, like 0.5" if isinstance(threshold, str) else ""
+            raise PolicyError(f"{where}.{action} = {_shown(threshold)} is not a threshold from 0 to 1{hint}")
     ordered = sorted((Action(name) for name in rules), key=STRICTNESS.__getitem__)
     for milder, stricter in pairwise(ordered):
         if rules[milder] >= rules[stricter]:
@@ -169,7 +171,9 @@ def _mapping(value: object, where: str, allowed: Sequence[str]) -> dict[str, Any
         raise PolicyError(f"{where} must be a mapping, {said}")
     for key in value:
         if key not in allowed:
-            raise PolicyError(f"{where} names {_shown(key)}; allowed here: {', '.join(allowed)}")
+            # YAML reads {hide: 0,5} as hide: 0 and a second key, 5.
+            comma = "a decimal number has a point, not a comma; " if str(key).isdigit() else ""
+            raise PolicyError(f"{where} names {_shown(key)}; {comma}allowed here: {', '.join(allowed)}")
     return value
 
 

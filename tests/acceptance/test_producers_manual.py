@@ -3,7 +3,11 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from api_client.embedded import redis_server_executable
 from config.comment import Comment
@@ -48,6 +52,47 @@ def test_the_manual_names_every_field_of_a_comment() -> None:
     _, _, table = MANUAL.partition("## A comment\n")
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert named == set(Comment.model_fields)
+
+
+def test_the_manual_lists_what_the_client_needs() -> None:
+    # Given an interpreter without any distribution but those that the manual lists, and what they require
+    _, _, paragraph = MANUAL.partition("## Python client\n")
+    listed = re.findall(r"`([^`]+)`", paragraph.partition(" no more than\n")[2].partition(", at the")[0])
+    allowed = _with_requirements(listed)
+    by_module = {module: names for module, names in packages_distributions().items() if "moderato" not in names}
+    refused = {module for module, names in by_module.items() if not allowed & {_plain(name) for name in names}}
+    assert {"torch", "pandas"} <= refused
+    # Then the client comes up on either database, and says what it says of one without tables
+    script = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(refused)!r}))\n"
+        "from api_client.client import ModerationClient\n"
+        "ModerationClient('redis://127.0.0.1:1/0', 'postgresql://127.0.0.1:1/x').close()\n"
+        "import db.migrate\n"
+        "print(*{name.partition('.')[0] for name, module in sys.modules.items() if module})"
+    )
+    imported = {_plain(name) for module in _run("python", script, "", "").split() for name in by_module.get(module, ())}
+    # and each that is listed is needed
+    assert {_plain(Requirement(each).name) for each in listed} <= imported
+
+
+def _plain(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def _with_requirements(distributions: Iterable[str]) -> set[str]:
+    """The distributions' names, and those of all that is installed with them."""
+    found, open_ends = set[str](), [Requirement(each) for each in distributions]
+    while open_ends:
+        requirement = open_ends.pop()
+        if (name := _plain(requirement.name)) in found:
+            continue
+        found.add(name)
+        extras = {"", *requirement.extras}
+        for each in map(Requirement, requires(name) or ()):
+            if not each.marker or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+                open_ends.append(each)
+    return found
 
 
 def _in_the_manual(body: str, task_id: str) -> str:

@@ -109,8 +109,11 @@ def bindings(redis: Redis) -> dict[Any, Any]:
 
 
 @contextmanager
-def losing_first_answer_to_a_push(redis_url: str) -> Iterator[int]:
-    """A port on which Redis answers, but that the first connection to push something is cut before its answer."""
+def losing_first_answer_to_a_push(redis_url: str, *, every: bool = False) -> Iterator[int]:
+    """A port on which Redis answers, but that the first connection to push something is cut before its answer.
+
+    Or every one.
+    """
     lost = threading.Event()
 
     class Relay(socketserver.BaseRequestHandler):
@@ -122,7 +125,7 @@ def losing_first_answer_to_a_push(redis_url: str) -> Iterator[int]:
                     ready, _, _ = select.select([self.request, redis], [], [])
                     if redis in ready:
                         answer = redis.recv(65_536)
-                        if pushed and not lost.is_set():
+                        if pushed and (every or not lost.is_set()):
                             lost.set()
                             return
                         self.request.sendall(answer)
@@ -226,6 +229,20 @@ class TestSubmitting:
         # Then the error says where it should be
         assert "redis://:***@127.0.0.1:1/0" in str(raised.value)
         assert "secret" not in str(raised.value)
+
+    def test_whether_something_may_have_been_submitted_is_told(self, redis_url: str, empty_sqlite_url: str) -> None:
+        def complaint(url: str) -> str:
+            with ModerationClient(url, empty_sqlite_url) as client, pytest.raises(BrokerUnavailable) as raised:
+                client.submit("hello")
+            return str(raised.value)
+
+        # Given brokers that refuse the connection, are not there, or do not know the password
+        unknown = redis_url.replace("://", "://nobody:wrong@")
+        for url in (NOWHERE, "redis+socket:///nowhere/redis.sock", unknown):
+            assert "may or may not" not in complaint(url)
+        # And one that goes away each time after it was sent something
+        with losing_first_answer_to_a_push(redis_url, every=True) as port:
+            assert "may or may not" in complaint(f"redis://127.0.0.1:{port}/0")
 
 
 def test_task_ids_are_uuids_in_the_order_of_time() -> None:

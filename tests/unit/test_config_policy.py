@@ -194,7 +194,9 @@ def test_the_policy_that_ships_is_sound() -> None:
         pytest.param("communities: {default: {toxic: {hide: 1.01}}}", ["communities.default.toxic.hide", "1.01"]),
         pytest.param("communities: {default: {toxic: {hide: -0.1}}}", ["-0.1"]),
         pytest.param("communities: {default: {toxic: {hide: .nan}}}", ["nan"]),
-        pytest.param("communities: {default: {toxic: {hide: '0.5'}}}", ["'0.5'"]),
+        pytest.param("communities: {default: {toxic: {hide: '0.5'}}}", ["'0.5'", "a plain number"]),
+        pytest.param("communities: {default: {toxic: {hide: 5e-1}}}", ["'5e-1'", "a plain number"]),
+        pytest.param("communities: {default: {toxic: {hide: 0,5}}}", ["communities.default.toxic", "'5'", "comma"]),
         pytest.param("communities: {default: {toxic: {hide: null}}}", ["None"]),
         pytest.param("communities: {default: {}, news: }", ["communities.news", "mapping", "is empty"]),
         pytest.param(
