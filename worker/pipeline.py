@@ -204,10 +204,9 @@ class Pipeline:
     def _add_lanes(self, scorer: Scorer) -> None:
         """Have at least as many threads as this version's engine has lanes. Threads that no engine needs wait."""
         with self._lock:
-            missing = max(0, scorer.engine.lanes - self._scoring_threads)
-            self._scoring_threads += missing
-        for _ in range(missing):
-            self._start(self._score)
+            while self._scoring_threads < scorer.engine.lanes:
+                self._start(self._score)
+                self._scoring_threads += 1
 
     def exchange(self, scorer: Scorer) -> None:
         """Prepare with this version from now on. What is already prepared goes on with the one that prepared it."""

@@ -1,13 +1,15 @@
 """Which texts go into the next window."""
 
 from collections import deque
+from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.batching import BatchCost, Batching
 from worker.job import Job, Piece
-from worker.line import take_window
+from worker.line import Line, take_window
 
 LENGTHS = st.lists(st.integers(1, 256), max_size=60)
 BATCHING = Batching(max_batch_tokens=512, window_tokens=2_048, cost=BatchCost())
@@ -51,3 +53,29 @@ def test_long_texts_get_as_much_as_the_short_ones_that_wait() -> None:
     short, long = pieces([64] * 100), pieces([256] * 100)
     window = take_window(short, long, BATCHING)
     assert [len(piece.ids) for piece in window] == [64] * 32 + [256] * 8
+
+
+class _Scorer:
+    """As much of one as a line looks at."""
+
+    batching = BATCHING
+
+    def __init__(self) -> None:
+        self.engine = object()
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), LENGTHS.filter(bool)), max_size=20))
+def test_a_line_says_whose_the_next_batch_is(texts: list[tuple[int, list[int]]]) -> None:
+    # Given texts of one window and of several, of two versions
+    scorers = [_Scorer(), _Scorer()]
+    line = Line()
+    for version, windows in texts:
+        job: Any = SimpleNamespace(scorer=scorers[version])
+        line.add(job, [[0] * length for length in windows])
+    taken = 0
+    while line:
+        engine = line.engine
+        batch = line.next_batch()
+        taken += len(batch)
+        assert all(piece.job.scorer.engine is engine for piece in batch)
+    assert taken == sum(len(windows) for _, windows in texts)
