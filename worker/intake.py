@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ from worker.resending import Resending
 from worker.retention import Retention
 from worker.swap import VersionFollower
 from worker.sweeper import Chore, Sweeper
-from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS, failure
+from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS, Held, failure
 from worker.trial import Judging
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Consumer(CeleryConsumer):
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self.intake.is_connected = False
+        self.intake.keep_held()  # before the channel is closed, which would give it back
         super().on_connection_error_after_connected(exc)
         # Celery pauses between attempts to connect. A Redis that takes the connection and then refuses what is needed
         # to start on it would be tried without end, and without pause.
@@ -126,6 +127,9 @@ class Intake(bootsteps.StartStopStep):
         self._policies: PolicyFollower | None = None
         self._hub: Any = None
         self._channel: Any = None
+        self._kept: Held | None = None
+        """Of a lost connection, until there is another."""
+        self._renewed_at = self._kept_at = 0.0
         self._lease_timer: Any = None
         self._database_timer: Any = None
         self._renewals = Outage()
@@ -166,12 +170,22 @@ class Intake(bootsteps.StartStopStep):
         if self._pipeline is None:
             self._pipeline = self._start_pipeline_patiently(consumer)
         self._hub = consumer.hub
-        self._channel = consumer.task_consumer.channel
+        channel = consumer.task_consumer.channel
+        if self._kept is not None:
+            silent_s = self._kept_at - self._renewed_at
+            channel.qos.adopt(self._kept, alive=silent_s < self._settings.visibility_timeout_s)
+            self._kept = None
+        self._channel, self._renewed_at = channel, time.monotonic()
         self._channel.fetch_limit = self.fetch_limit
         self._lease_timer = consumer.timer.call_repeatedly(self._settings.visibility_timeout_s / 3, self._renew_leases)
         self._database_timer = consumer.timer.call_repeatedly(1.0, self._pipeline.notice_silent_database)
         self._acknowledge_settled()
         self.is_connected = True
+
+    def keep_held(self) -> None:
+        """The connection is lost: what is held stays with the pipeline, and is acknowledged by the next one."""
+        if self._kept is None and self._channel is not None:
+            self._kept, self._kept_at = self._channel.qos.hand_over(), time.monotonic()
 
     def stop(self, consumer: Consumer) -> None:
         self.is_connected = False
@@ -259,13 +273,15 @@ class Intake(bootsteps.StartStopStep):
         """One message from Redis: its comments to the pipeline, what is wrong with it to the dead letters."""
         assert self._pipeline is not None
         now = clock.now()
-        (parsed, singles), acknowledge = _read(message, now), message.ack
+        parsed, singles = _read(message, now)
+        # By the tag: the connection that is there then may be another than the one the message came by.
+        acknowledge = partial(self._acknowledge, message.delivery_tag)
         if message.returns:
             self.redelivered += 1
         if singles:
             # One of them may be what its workers died of. Alone, it is the only one that is counted from now on.
             logger.warning("a message came back %d times: its %d comments go on alone", message.returns, len(singles))
-            acknowledge = partial(message.channel.qos.replace, message.delivery_tag, singles)
+            acknowledge = partial(self._replace, message.delivery_tag, singles)
             if not parsed.refused:
                 acknowledge()
                 return
@@ -340,6 +356,12 @@ class Intake(bootsteps.StartStopStep):
                 # Its channel is gone, so the message comes again, and is found to be decided.
                 logger.debug("an acknowledgement was not sent (%r); its message repeats", error)
 
+    def _acknowledge(self, delivery_tag: str) -> None:
+        self._channel.qos.ack(delivery_tag)
+
+    def _replace(self, delivery_tag: str, messages: Sequence[bytes]) -> None:
+        self._channel.qos.replace(delivery_tag, messages)
+
     def _answer(self, delivery: Delivery) -> None:
         """Tell a producer that waits. All of it is committed, so who does not hear it finds it in the database."""
         if delivery.answer_to is None:
@@ -359,6 +381,7 @@ class Intake(bootsteps.StartStopStep):
             if self._renewals.begin():
                 logger.warning("leases cannot be renewed (%s); what is held may come again", type(error).__name__)
             return False
+        self._renewed_at = time.monotonic()
         if self._renewals.end():
             logger.warning("leases are renewed again")
         return True

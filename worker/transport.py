@@ -181,6 +181,27 @@ for i = 1, #ARGV do redis.call('ZADD', KEYS[2], 'XX', now, ARGV[i]) end
 """
 
 
+ADOPT = r"""
+-- ARGV: 1 if returns are taken back, then in pairs: tag, SHA-1 of its message
+-- Reply: the tags that are not held any more
+redis.call('ZREM', KEYS[2], '')  -- removes nothing; see FETCH on maxmemory
+local time = redis.call('TIME')
+local now, gone = time[1] + time[2] / 1e6, {}
+for i = 2, #ARGV, 2 do
+  local tag, sha1 = ARGV[i], ARGV[i + 1]
+  if redis.call('HEXISTS', KEYS[1], tag) == 1 then
+    redis.call('ZADD', KEYS[2], now, tag)
+  else
+    gone[#gone + 1] = tag
+    if ARGV[1] == '1' and tonumber(redis.call('HGET', KEYS[3], sha1) or 0) > 0 then
+      if redis.call('HINCRBY', KEYS[3], sha1, -1) == 0 then redis.call('HDEL', KEYS[3], sha1) end
+    end
+  end
+end
+return gone
+"""
+
+
 class Delivery(NamedTuple):
     """One message as FETCH took it."""
 
@@ -204,6 +225,22 @@ def first_turns(ranks: int, taken: int, room: int) -> list[int]:
     return [0] + [
         (taken + rank + room) // LOWER_QUEUE_SHARE - (taken + rank) // LOWER_QUEUE_SHARE for rank in range(1, ranks)
     ]
+
+
+class Held(NamedTuple):
+    """What a channel held when its connection was lost: its messages are with this worker still."""
+
+    delivered: dict[str, Any]
+    """Delivery tag -> message."""
+    acks: list[str]
+    """Tags that were to be acknowledged."""
+    digests: dict[str, str]
+    """Tag -> SHA-1 of the message, of all of these."""
+    returned: set[str]
+    """Tags of what had come back before."""
+    unheard: list[str]
+    """Tags that a FETCH may have given whose answer was not heard."""
+    finish_first: bool
 
 
 class Message(virtual.Message):
@@ -265,15 +302,75 @@ class QoS(virtual.QoS):
         super().__init__(channel, prefetch_count)
         self._acks: list[str] = []
         self._digests: dict[str, str] = {}
-        """Of what is held and came back before: delivery tag -> SHA-1, under which its returns are counted."""
+        """Delivery tag -> SHA-1 of the message, under which its returns are counted."""
+        self._returned: set[str] = set()
+        """Tags of what came back before: when they are acknowledged their returns are forgotten."""
         self.finish_first = False
         """Nothing more may be taken before all that is held is done."""
         self._words: list[tuple[str, bytes]] = []
         self._acks_refused, self._returns_refused, self._words_refused = Outage(), Outage(), Outage()
 
-    def hold_returned(self, delivery: Delivery) -> None:
-        """Note that its returns must be forgotten when it is acknowledged."""
+    def note(self, delivery: Delivery) -> None:
+        """Remember under which name its returns are counted, and whether there are any."""
         self._digests[delivery.tag] = hashlib.sha1(delivery.raw, usedforsecurity=False).hexdigest()
+        if delivery.returns:
+            self._returned.add(delivery.tag)
+
+    def _forget(self, tags: Iterable[str]) -> None:
+        for tag in tags:
+            self._digests.pop(tag, None)
+            self._returned.discard(tag)
+
+    def hand_over(self) -> Held:
+        """Let go of all that is held without giving it back, for the next connection to adopt."""
+        held = Held(
+            dict(self._delivered),
+            self._acks,
+            self._digests,
+            self._returned,
+            self.channel.unheard_tags(),
+            self.finish_first,
+        )
+        self._delivered.clear()
+        self._acks, self._digests, self._returned = [], {}, set()
+        return held
+
+    def adopt(self, held: Held, *, alive: bool) -> None:
+        """Hold what another connection of this worker held, under leases that begin anew.
+
+        Returns are counted because a message that ends its workers must be found, and a lease that runs out is how a
+        death shows. It also runs out where Redis or the network is away for longer than a lease, and then every worker
+        that lives would make a suspect of what it holds. A worker that is dead never comes here; one that does takes
+        back the count of each message that others were given meanwhile. So what is left in the count is deaths.
+
+        Args:
+            alive: false where this process itself may have stood still for longer than a lease, as a message that
+                freezes its worker makes it; then the count stays.
+
+        Raises:
+            one of the transport's connection_errors; nothing is held then.
+        """
+        tags = [*held.delivered, *held.acks]
+        gone: list[bytes] = []
+        try:
+            # Nobody here knows these messages, so they go back at once, to be taken first.
+            self.give_back(reversed(held.unheard))
+            for chunk in _chunks(tags):
+                gone += self._run(ADOPT, int(alive), *(value for tag in chunk for value in (tag, held.digests[tag])))
+        except ResponseError as error:
+            raise_if_read_only(error)
+            logger.error("Redis refuses to renew the leases of %d messages: %s", len(tags), error)
+        self._delivered.update(held.delivered)
+        self._acks += held.acks
+        self._digests |= held.digests
+        self._returned |= held.returned
+        # Others have these, or they were acknowledged already. Kept, the next adoption would take back one more count.
+        others = {tag.decode() for tag in gone}
+        for tag in others:
+            self._delivered.pop(tag, None)
+        self._acks = [tag for tag in self._acks if tag not in others]
+        self._forget(others)
+        self.finish_first = self.finish_first or held.finish_first
 
     def held_bytes(self, delivery_tag: str) -> int:
         """Of a message's body, as it was read; none of one that is settled already."""
@@ -312,7 +409,7 @@ class QoS(virtual.QoS):
         if not requeue:
             self.ack(delivery_tag)
         elif self._delivered.pop(delivery_tag, None) is not None:
-            self._digests.pop(delivery_tag, None)
+            self._forget([delivery_tag])
             self.give_back([delivery_tag], "LPUSH")
 
     def replace(self, delivery_tag: str, messages: Sequence[bytes]) -> None:
@@ -326,7 +423,7 @@ class QoS(virtual.QoS):
         # As in `ack`. Not held any more, its lease is not renewed: where Redis refuses, it comes again.
         if self._delivered.pop(delivery_tag, None) is None:
             return
-        self._digests.pop(delivery_tag, None)
+        self._forget([delivery_tag])
         try:
             self._run(REPLACE, delivery_tag, SUSPECT_RETURNS, RETURNS_KEPT_S, *messages)
         except ResponseError as error:
@@ -354,7 +451,7 @@ class QoS(virtual.QoS):
                     pipe.publish(name, word)
                 if self._acks:
                     pipe.hdel(channel.unacked_key, *self._acks).zrem(channel.unacked_index_key, *self._acks)
-                if self._digests and (done := [self._digests[tag] for tag in self._acks if tag in self._digests]):
+                if done := [self._digests[tag] for tag in self._acks if tag in self._returned]:
                     pipe.hdel(channel.returns_key, *done)
                 replies = pipe.execute(raise_on_error=False)
             self._note_words(replies[: len(words)])
@@ -367,8 +464,7 @@ class QoS(virtual.QoS):
         else:
             if self._acks_refused.end():
                 logger.warning("Redis takes acknowledgements again")
-        for tag in self._acks if self._digests else ():
-            self._digests.pop(tag, None)
+        self._forget(self._acks)
         self._acks = []
 
     def _note_words(self, replies: Sequence[Any]) -> None:
@@ -403,6 +499,7 @@ class QoS(virtual.QoS):
     def give_back_harmful(self, delivery_tag: str) -> None:
         """Return a message that made its consumer fail. That ends the worker, so it counts as a death."""
         if self._delivered.pop(delivery_tag, None) is not None:
+            self._forget([delivery_tag])
             self.give_back([delivery_tag], counted=True)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
@@ -481,6 +578,8 @@ class Channel(kombu_redis.Channel):
         self._taken = 0
         self._fetching: tuple[str, list[str]] | None = None
         """Of the FETCH in flight: its tag prefix, and the queue of each list; None of what begins a wait."""
+        self._unheard: str | None = None
+        """Tag prefix of a FETCH that was not answered."""
         self._next_fetch_at = 0.0
         """Until then we wait for a push, or leave a Redis alone that refuses."""
         self._asked_queues: set[str] = set()
@@ -500,6 +599,12 @@ class Channel(kombu_redis.Channel):
     @property
     def returns_key(self) -> str:
         return f"{self.unacked_key}_returns"
+
+    def unheard_tags(self) -> list[str]:
+        """Those that a FETCH may have given whose answer has not come; after a lost connection it never does."""
+        if self._unheard is None:
+            return []
+        return [f"{self._unheard}{taken}" for taken in range(1, MAX_FETCH_MESSAGES + 1)]
 
     def own_keys(self) -> list[str]:
         """What the scripts need besides lists: KEYS[1] to KEYS[3]."""
@@ -524,7 +629,10 @@ class Channel(kombu_redis.Channel):
     def _queue_bind(self, *args: Any) -> None:
         try:
             super()._queue_bind(*args)
-        except OutOfMemoryError as error:
+        except ResponseError as error:
+            # Of a script, Redis before 7 says it in the middle of the error.
+            if not isinstance(error, OutOfMemoryError) and "-OOM" not in str(error):
+                raise
             # Only what goes by way of an exchange needs the binding, and as a rule it is there from before.
             logger.warning("Redis could not note the binding of a queue (%s); going on without", error)
 
@@ -557,6 +665,7 @@ class Channel(kombu_redis.Channel):
         else:
             prefix = next(self._tag_prefixes)
             self._fetching = prefix, queue_of_list
+            self._unheard = prefix
             keys = [*self.own_keys(), *lists]
             room = self.qos.can_consume_max_estimate()
             bounds = room, self.max_fetch_bytes, int(not self.qos.holds_some), prefix, SUSPECT_RETURNS
@@ -602,12 +711,14 @@ class Channel(kombu_redis.Channel):
                 with suppress(ResponseError):  # to CLIENT CACHING; the second reply must be read in any case
                     connection.read_response()
             reply = self.client.parse_response(connection, "EVAL", **options)
+            self._unheard = None
             # A push that came along with the reply makes no socket readable any more.
             wait = fetching is None and self._tracked and not reply and not connection.can_read()
         except self.connection_errors:
             connection.disconnect()  # so that the next tick connects anew
             raise
         except ResponseError as error:
+            self._unheard = None
             raise_if_read_only(error)
             # Out of memory, disk full, missing permission: raised in the hub it would end the worker.
             if self._fetch_refused.begin():
@@ -657,8 +768,7 @@ class Channel(kombu_redis.Channel):
         try:
             while waiting and not self._closing:
                 delivery = waiting.popleft()
-                if delivery.returns:
-                    self.qos.hold_returned(delivery)
+                self.qos.note(delivery)
                 try:
                     self.connection._deliver(delivery, delivery.queue)
                 except (SystemExit, KeyboardInterrupt, *self.connection_errors):

@@ -517,6 +517,58 @@ def test_returns_of_dead_workers_are_counted_and_others_are_not(
     assert not redis.exists(UNACKED, UNACKED_INDEX, RETURNS)
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_a_lost_connection_held_is_adopted_and_is_no_death(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis, alive: bool
+) -> None:
+    # Given a lost connection: an acknowledgement was not sent, one message is in hand, another consumer got one
+    done, kept, taken = send(producer, "done", "kept", "taken")
+    lost, other, again, once_more = (consume(unacked_restore_interval=3600) for _ in range(4))
+    tags = {message.headers["id"]: message.delivery_tag for message in lost.receive(3)}
+    redis.zadd(UNACKED_INDEX, {tags[taken]: 1})
+    other.channel.qos.restore_visible()
+    [counted] = redis.hkeys(RETURNS)
+    lost.messages[0].ack()
+    held_before = lost.channel.qos.hand_over()
+    # When its channel closes, nothing goes back
+    lost.close()
+    assert (held(redis), redis.llen(MODERATE_QUEUE)) == (2, 1)
+    # And when another connection of the worker adopts them, their leases begin anew
+    redis.zadd(UNACKED_INDEX, dict.fromkeys((tags[done], tags[kept]), 1))
+    again.channel.qos.adopt(held_before, alive=alive)
+    other.channel.qos.restore_visible()
+    again.channel.qos.flush_acks()
+    assert redis.hkeys(UNACKED) == [tags[kept].encode()]
+    # Then the message that went to another counts as a death only where the worker may have stood still
+    assert redis.hgetall(RETURNS) == ({} if alive else {counted: b"1"})
+    # And the next adoption, after somebody has died of it, takes nothing back
+    redis.hset(RETURNS, counted, "2")
+    once_more.channel.qos.adopt(again.channel.qos.hand_over(), alive=True)
+    assert redis.hgetall(RETURNS) == {counted: b"2"}
+    # And what was adopted can be acknowledged
+    once_more.channel.qos.ack(tags[kept])
+    once_more.channel.qos.flush_acks()
+    assert held(redis) == 0
+
+
+def test_messages_of_a_fetch_that_was_not_heard_go_back_at_once(
+    producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
+) -> None:
+    # Given a connection that is lost between a fetch and its answer
+    lost, again = consume(), consume()
+    lost.wait_for_an_hour()
+    sent = send(producer, "a", "b")
+    lost.channel._next_fetch_at = 0
+    while not held(redis):
+        lost.channel._in_poll or lost.channel._brpop_start()
+    lost.channel.client.connection.disconnect()
+    # When the worker's next connection begins
+    again.channel.qos.adopt(lost.channel.qos.hand_over(), alive=True)
+    # Then they are where they were, and nobody counts them as returned
+    assert (held(redis), redis.exists(RETURNS)) == (0, 0)
+    assert ids(again.receive(2)) == sent
+
+
 def test_counts_of_messages_that_others_took_over_end_by_themselves(
     producer: celery.Celery, consume: Callable[..., HubConsumer], redis: Redis
 ) -> None:
