@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from config.names import DEFAULT_COMMUNITY
+from config.queues import priority_lists
 from config.settings import ClientSettings
 
 RATE_KEY = "moderato.rate."
@@ -22,30 +23,33 @@ BURST_S = 60
 QUEUE_FULL_WAIT_S = 1.0
 
 TAKE = r"""
--- KEYS: the queue's list, then the rate of each community that is limited
--- ARGV: most messages in the list (0: any number), messages that come, seconds that a rate may be ahead, for each
---   community its comments and the seconds that each takes, then the messages; without them it is only asked
+-- KEYS: the queue's lists, the one to push to first, then the rate of each community that is limited
+-- ARGV: most messages in the lists (0: any number), messages that come, seconds that a rate may be ahead, how many
+--   lists there are, for each community its comments and the seconds that each takes, then the messages; without them
+--   it is only asked
 -- Reply: 'taken'; 'full' and the depth; or 'limited', which community, and the seconds to wait
-local most, come, burst = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local depth = redis.call('LLEN', KEYS[1])
+local most, come, burst, lists = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local depth = 0
+for i = 1, lists do depth = depth + redis.call('LLEN', KEYS[i]) end
 -- An empty queue takes whatever comes together, or a small limit would refuse it for ever.
 if most > 0 and depth > 0 and depth + come > most then return {'full', depth} end
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local limited, longest, kept, used_until = 0, 0, {}, {}
-for i = 2, #KEYS do
-  local comments, each = tonumber(ARGV[2 * i]), tonumber(ARGV[2 * i + 1])
+for i = lists + 1, #KEYS do
+  local needs = 2 * (i - lists) + 3
+  local comments, each = tonumber(ARGV[needs]), tonumber(ARGV[needs + 1])
   kept[i] = tonumber(redis.call('GET', KEYS[i]) or 0)
   local used = math.max(now, kept[i])
   local wait = used + each - now - burst
-  if wait > longest then limited, longest = i - 1, wait end
+  if wait > longest then limited, longest = i - lists, wait end
   used_until[i] = used + comments * each
 end
 if limited > 0 then return {'limited', limited, tostring(longest)} end
 -- The messages first: at maxmemory Redis refuses the first write or none.
-local first = 2 * #KEYS + 2
+local first = 2 * (#KEYS - lists) + 5
 if #ARGV >= first then redis.call('LPUSH', KEYS[1], unpack(ARGV, first)) end
-for i = 2, #KEYS do
+for i = lists + 1, #KEYS do
   -- Not SET: who may set rates could then write over a queue, which these two refuse.
   redis.call('INCRBYFLOAT', KEYS[i], string.format('%.6f', used_until[i] - kept[i]))
   redis.call('GETEX', KEYS[i], 'EX', math.ceil(used_until[i] - now))
@@ -110,12 +114,12 @@ class Limits:
     def __bool__(self) -> bool:
         return bool(self.max_queue_messages or self.rates)
 
-    def take(self, channel: Any, list_key: str, messages: int, payloads: Sequence[str] = ()) -> None:
-        """Use up what these messages need, and append them to the list: all of it, or nothing.
+    def take(self, channel: Any, queue: str, messages: int, payloads: Sequence[str] = ()) -> None:
+        """Use up what these messages need, and append them to the queue: all of it, or nothing.
 
         Args:
             channel: kombu's, of Redis.
-            list_key: without the prefix of all keys.
+            queue: to whose list of priority 0 they are appended; those of the others count too.
             messages: how many there are.
             payloads: the messages; without them it is only used up.
 
@@ -123,9 +127,10 @@ class Limits:
             QueueFull, RateLimited: it is too much.
             RedisError, OSError: Redis may or may not have done it.
         """
-        keys = [channel.global_keyprefix + key for key in (list_key, *(RATE_KEY + name for name, _, _ in self.rates))]
+        lists = priority_lists(queue)
+        keys = [channel.global_keyprefix + key for key in (*lists, *(RATE_KEY + name for name, _, _ in self.rates))]
         needs = [value for _, count, per_minute in self.rates for value in (count, 60 / per_minute)]
-        arguments = self.max_queue_messages, messages, BURST_S, *needs, *payloads
+        arguments = self.max_queue_messages, messages, BURST_S, len(lists), *needs, *payloads
         verdict, *details = channel.client.eval(TAKE, len(keys), *keys, *arguments)
         if verdict == b"full":
             raise QueueFull(int(details[0]), self.max_queue_messages)

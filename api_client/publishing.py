@@ -90,7 +90,7 @@ def push(
     if before_sending:
         before_sending()
     if limits:
-        limits.take(channel, pushed.list_key, len(pushed.payloads), pushed.payloads)
+        limits.take(channel, queue, len(pushed.payloads), pushed.payloads)
     else:
         channel.client.lpush(pushed.list_key, *pushed.payloads)
 
@@ -103,7 +103,7 @@ def ask(broker: Connection, queue: str, messages: int, limits: Limits) -> None:
         KombuError, RedisError, OSError: Redis may or may not have done it.
     """
     channel = broker.default_channel
-    limits.take(channel, channel._q_for_pri(queue, 0), messages)
+    limits.take(channel, queue, messages)
 
 
 class _Pushed:

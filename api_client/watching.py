@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from api_client.connecting import BrokerUnavailable, Connections, mailbox
@@ -13,6 +14,7 @@ from config.names import (
     WORKER_CONTROL_EXCHANGE,
     WORKER_UNACKED_KEY,
 )
+from config.queues import PRIORITIES, priority_lists
 from config.settings import without_password
 from db import policies, queries, trials
 from db.drift import Drift, measure_drift
@@ -115,17 +117,13 @@ class Watcher(Connections):
     def _count_messages(self) -> tuple[dict[str, int], int]:
         with self._connections.acquire(block=True) as broker:
             channel = broker.default_channel
-            steps = channel.priority_steps
             with channel.client.pipeline(transaction=False) as asked:
                 for queue in MODERATE_QUEUES:
-                    for step in steps:  # a message with a priority waits in a list of its own
-                        asked.llen(channel._q_for_pri(queue, step))
+                    for key in priority_lists(queue):
+                        asked.llen(key)
                 *lengths, held = asked.hlen(WORKER_UNACKED_KEY).execute()
-        depths = {
-            queue: sum(lengths[index * len(steps) : (index + 1) * len(steps)])
-            for index, queue in enumerate(MODERATE_QUEUES)
-        }
-        return depths, held
+        remaining = iter(lengths)
+        return {queue: sum(islice(remaining, len(PRIORITIES))) for queue in MODERATE_QUEUES}, held
 
     def _ask_all(self) -> tuple[tuple[list[str], list[str]], dict[str, PipelineStats]]:
         with ThreadPoolExecutor(1) as pool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from config.logs import briefly
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, RETRAIN_QUEUE, STARTER_VERSION, SUBMITTED_AT_HEADER
+from config.queues import priority_lists
 from config.settings import CONFIG_FILE_VARIABLE, ROOT, Settings, secret_files, without_password
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
             except NoPermissionError:
                 said = "this user may not ask how Redis keeps what it holds (INFO)"
                 yield Finding("broker", "unknown", said, "run the doctor as Redis' administrator to see it")
+            except ResponseError as error:
+                if not _is_unknown_command(error):
+                    raise
+                said = "this Redis has no INFO, so nobody can ask how it keeps what it holds"
+                yield Finding("broker", "unknown", said, "redis.conf: rename-command hides it")
             else:
                 yield from _persistence(info)
             yield from _rights(redis)
@@ -85,9 +91,10 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         advice = "set MODERATO_BROKER_URL (or …_FILE) with a user and password that Redis knows"
         yield Finding("broker", "problem", f"{url} does not let this user in: {_first_line(error)}", advice)
     except ResponseError as error:
-        yield Finding(
-            "broker", "problem", f"it refuses to work: {_first_line(error)}", "docs/operations.md: a disk that is full"
-        )
+        advice = "docs/operations.md: a disk that is full"
+        if _is_unknown_command(error):
+            advice = "redis.conf: take out the rename-command of what moderato needs: EVAL, LMOVE and their like"
+        yield Finding("broker", "problem", f"it refuses to work: {_first_line(error)}", advice)
     except _broker_errors() as error:
         if settings.broker_url.startswith("redis+socket:"):
             advice = "`moderato up` starts the embedded Redis; for one of yours set MODERATO_BROKER_URL=redis://…"
@@ -98,6 +105,11 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         else:
             advice = "start it, or set MODERATO_BROKER_URL; is its port open to this host?"
         yield Finding("broker", "problem", f"{url} does not answer: {_first_line(error)}", advice)
+
+
+def _is_unknown_command(error: Exception) -> bool:
+    """Whether Redis lacks the command, as where its configuration renames it."""
+    return "unknown command" in str(error)
 
 
 def _persistence(info: dict[str, Any]) -> Iterator[Finding]:
@@ -159,11 +171,16 @@ def check_queues(settings: Settings) -> Iterator[Finding]:
         with _redis(settings) as redis:
             now_s = _redis_time_s(redis)
             for queue in MODERATE_QUEUES:
-                depth = redis.llen(queue)
+                lists = priority_lists(queue)
                 try:
-                    age_s = _age_s(redis.lindex(queue, -1), now_s) if depth else None
+                    depth = sum(map(redis.llen, lists))
+                except NoPermissionError:
+                    continue  # said by the broker's check
+                try:
+                    ages_s = [_age_s(redis.lindex(key, -1), now_s) for key in lists if depth]
                 except NoPermissionError:  # a producer sees no message
-                    age_s = None
+                    ages_s = []
+                age_s = max((age_s for age_s in ages_s if age_s is not None), default=None)
                 for_s = "" if age_s is None else f", the oldest for {age_s:,.0f} s"
                 said = f"{queue}: {depth:,} messages wait{for_s}"
                 if (age_s or 0) > QUEUE_AGE_S:

@@ -1,9 +1,10 @@
 """The contract of one comment: what a producer may send. Client and worker check it with the same words. Pure."""
 
+import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -18,6 +19,9 @@ SEEN = re.compile(r"\w")
 """A letter, a digit: nearly every text has one among its first characters."""
 UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Controls, formatting and separators, as Unicode's general categories name them."""
+LONGEST_MISSPELT_NAME = 24
+LEAST_LIKENESS = 0.7
+"""Of a misspelt name to the one that is meant."""
 CONTEXT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -59,10 +63,25 @@ def _context(value: dict[str, Any] | None) -> dict[str, Any] | None:
             document = CONTEXT_JSON.encode(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot be written as JSON: {error}") from None
-        encoded = _storable(document.replace(r"\u0000", "\x00")).encode()
-        if len(encoded) > MAX_CONTEXT_BYTES:
-            raise ValueError(f"has {len(encoded):,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
+        if (length := len(document.encode(errors="surrogatepass"))) > MAX_CONTEXT_BYTES:
+            raise ValueError(f"has {length:,} bytes as JSON, more than the {MAX_CONTEXT_BYTES:,} allowed")
+        # The texts in it, as the document has escapes for some characters, and looks the same for an escaped escape.
+        for text in _texts(value):
+            _storable(text)
     return value
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text and name in a JSON value that is not nested deeply."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _texts(name)
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
 
 
 def _plausible(value: datetime) -> datetime:
@@ -121,7 +140,7 @@ def explain(error: ValidationError) -> str:
         return "'v' names a version of the contract that is not known here: this release knows 1; upgrade the workers"
     problems = []
     for problem in found[:5]:
-        place = ".".join(map(str, problem["loc"][:1]))
+        place = problem["loc"][0] if problem["loc"] else None
         said = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             said = f"is not a field of a comment; allowed: {', '.join(Comment.model_fields)}"
@@ -129,13 +148,19 @@ def explain(error: ValidationError) -> str:
             said = "is required"
         elif problem["type"] == "model_type":
             said = 'a comment is an object such as {"text": …}'
-        problems.append(f"{shown(place)} {said}" if place else said)
+        problems.append(said if place is None else f"{shown(place, Comment.model_fields)} {said}")
     return "; ".join(dict.fromkeys(problems))
 
 
-def shown(value: object) -> str:
-    """A short, printable form of a name that a producer chose; it may be anything."""
-    try:
-        return ascii(value)[:100]
-    except RecursionError:
-        return f"a {type(value).__name__} nested too deeply"
+def shown(name: object, known: Iterable[str]) -> str:
+    """A name that a stranger chose, as it may be told: quoted where it is nearly one of these, else by its length.
+
+    It may be anything, a comment's text too, where somebody put the value in the place of the key.
+    """
+    if not isinstance(name, str):
+        return "null" if name is None else f"a {type(name).__name__}"
+    known = list(known)
+    nearly = len(name) <= LONGEST_MISSPELT_NAME and difflib.get_close_matches(name, known, 1, LEAST_LIKENESS)
+    if name in known or nearly:
+        return ascii(name)
+    return f"a name of {len(name):,} characters"

@@ -62,6 +62,9 @@ SUBMITTED_AT_HEADER = "submitted_at"
 ENQUEUED_AT_HEADER = "enqueued_at"
 """Message header of durable submissions: when they were put on the queue, by the database's clock, in such seconds."""
 
+EXPIRES_HEADER = "expires"
+"""Celery's own message header: until when the message is worth anything, in ISO 8601."""
+
 ANSWER_TO_HEADER = "answer_to"
 """Message header of a producer that waits: a token of its own making, up to MAX_ANSWER_TOKEN_CHARS letters, digits and
 hyphens. When the message's last comment is decided, each decision is published on ANSWER_CHANNEL and the token."""

@@ -4,6 +4,11 @@ import difflib
 
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES
 
+PRIORITIES = range(10)
+"""That a Celery producer may give, the first of them first. kombu keeps a Redis list for each, and a producer's
+`priority_steps` say which of them it uses: 0, 3, 6 and 9 unless it sets others."""
+PRIORITY_SEPARATOR = "\x06\x16"
+"""Between a queue's name and a priority in the name of a list: kombu's own. Lists with another are not looked into."""
 LEAST_LIKENESS = 0.45
 """Of a name to the one that was meant: `bulk` is so much like `toxicity.bulk`."""
 
@@ -28,6 +33,16 @@ def check_queue(queue: str) -> None:
     """
     if queue not in MODERATE_QUEUES:
         raise UnknownQueue(queue)
+
+
+def priority_list(queue: str, priority: int) -> str:
+    """The Redis list in which a queue's messages of this priority wait, without the prefix of all keys."""
+    return f"{queue}{PRIORITY_SEPARATOR}{priority}" if priority else queue
+
+
+def priority_lists(queue: str) -> list[str]:
+    """Every list of a queue."""
+    return [priority_list(queue, priority) for priority in PRIORITIES]
 
 
 def known_queue(queue: str) -> str:

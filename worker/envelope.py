@@ -44,6 +44,10 @@ BASE64_ESCAPES = {rb"\/": b"/", rb"\u002b": b"+", rb"\u002B": b"+", rb"\u002f": 
 """As some producers write what stands in base64 in JSON."""
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{16,}={0,2}")
 ZLIB = "application/x-gzip"
+CONTENT_TYPES = ("application/json", "application/x-python-serialize", "application/x-yaml", "application/x-msgpack")
+ENCODINGS = ("base64", "utf-8", "binary", "ascii")
+COMPRESSIONS = (ZLIB, "application/x-bz2", "application/x-lzma", "application/x-brotli", "application/zstd")
+"""What kombu's producers may write, and so what may be quoted of it."""
 ZLIB_BEGINNINGS = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 COMPRESSED = re.compile(rb'"compression"\s*:\s*"')
 
@@ -68,7 +72,10 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
         envelope = _loads(raw)
     if not isinstance(envelope, dict):
         raise MalformedMessage(f"the envelope must be a JSON object, not a {type(envelope).__name__}")
-    headers, properties = envelope.setdefault("headers", {}), envelope.get("properties")
+    # null and [], as older clients for Go and PHP send them, say what an empty object says.
+    headers, properties = envelope.get("headers"), envelope.get("properties")
+    if headers is None or headers == []:
+        headers = envelope["headers"] = {}
     if not isinstance(headers, dict) or not isinstance(properties, dict):
         raise MalformedMessage("the envelope's headers and properties must be JSON objects")
     if not isinstance(headers.get("task", ""), str):
@@ -76,7 +83,8 @@ def read_envelope(raw: bytes) -> dict[str, Any]:
     for ours in (MALFORMED_HEADER, MALFORMED_BYTES_HEADER):
         headers.pop(ours, None)  # a producer's would be taken for our own word
     if envelope.get("content-type") != "application/json":
-        raise MalformedMessage(f"content type {shown(envelope.get('content-type'))}: only application/json is read")
+        said = shown(envelope.get("content-type"), CONTENT_TYPES)
+        raise MalformedMessage(f"the content type must be application/json, not {said}")
     body = _decode(envelope.get("body"), properties.get("body_encoding"))
     # Both are undone here: kombu would do it again, without a bound on what comes out.
     envelope["body"] = _decompress(body, headers.pop("compression", None))
@@ -106,14 +114,15 @@ def _decode(body: object, encoding: object) -> bytes:
             return body.encode()
     except ValueError:
         raise MalformedMessage(f"the body is not {encoding or 'utf-8'}, as its body_encoding says") from None
-    raise MalformedMessage(f"body_encoding {shown(encoding)}: only base64 and utf-8 are read")
+    raise MalformedMessage(f"body_encoding must be base64 or utf-8, not {shown(encoding, ENCODINGS)}")
 
 
 def _decompress(body: bytes, compression: object) -> bytes:
     if compression is None:
         return body
     if compression != ZLIB:
-        raise MalformedMessage(f"compression {shown(compression)}: only zlib is read")
+        said = shown(compression, COMPRESSIONS)
+        raise MalformedMessage(f"compression must be {ZLIB} (zlib), not {said}")
     return _unzipped(body, MAX_MESSAGE_BYTES)
 
 

@@ -30,8 +30,10 @@ from config.names import (
     ANSWER_CHANNEL,
     ANSWER_TO_HEADER,
     DECIDED_CHANNEL,
+    EXPIRES_HEADER,
     MAX_ANSWER_TOKEN_CHARS,
     MAX_COMMENTS_PER_MESSAGE,
+    MAX_ID_CHARS,
     PIPELINE_STATS,
     SUBMITTED_AT_HEADER,
     Reason,
@@ -460,6 +462,9 @@ def _parse(message: Any, now: datetime) -> Parsed:
     if worker_state.revoked and isinstance(task_id, str) and task_id in worker_state.revoked:
         detail = "revoked by remote control before a worker took it; it was not scored"
         return refuse_all(parsed, Reason.REVOKED, detail)
+    if (expires := _expires(message.headers)) is not None and expires <= now:
+        detail = f"the message expired at {expires.isoformat()}, before a worker took it; it was not scored"
+        return refuse_all(parsed, Reason.EXPIRED, detail)
     # A list is taken apart before it is given up.
     if message.returns >= MAX_DELIVERIES and len(parsed.submitted) == 1:
         return refuse_all(parsed, Reason.WORKER_DIED, deaths)
@@ -476,6 +481,16 @@ def _submitted_at(headers: Mapping[str, Any], now: datetime) -> datetime:
     if not now_s - LONGEST_QUEUE_AGE_S <= seconds <= now_s:
         return now
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def _expires(headers: Mapping[str, Any]) -> datetime | None:
+    """When the message expires, as Celery writes `send_task(expires=…)`; in UTC where it names no zone."""
+    said = headers.get(EXPIRES_HEADER)
+    try:
+        time = datetime.fromisoformat(said) if isinstance(said, str) and len(said) <= MAX_ID_CHARS else None
+    except ValueError:
+        return None
+    return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
 
 
 def _answer_to(headers: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ list is sound, a bad comment does not take its neighbours along.
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from config.comment import Comment, Name, explain, is_nested_deeper_than, shown
 from config.names import (
     ENQUEUED_AT_HEADER,
+    EXPIRES_HEADER,
     MAX_COMMENTS_PER_MESSAGE,
     MAX_ID_CHARS,
     MODERATE_TASK,
@@ -37,6 +39,8 @@ MAX_PAYLOAD_BYTES = 65_536
 """How much of what was refused is kept."""
 MAX_TASK_ID_CHARS = MAX_ID_CHARS - len(f":{MAX_COMMENTS_PER_MESSAGE}")
 """So that a submission's id, made of it, may be an idempotency key."""
+TASK_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+"""As Celery names tasks, by their module. Anything else in that place may be a text, which no letter quotes."""
 MAX_DIGITS = 4_000
 """Of a number in JSON: Python takes no more than 4,300 to be safe from endless ones."""
 JSON_WHITESPACE = b" \t\r\n"
@@ -251,7 +255,9 @@ def single_messages(submitted: Iterable[Submitted], sent: Mapping[str, Any], que
     Args:
         sent: headers of the message that they came in. Its id stays: by that an operator may revoke it.
     """
-    headers = {name: sent[name] for name in TIME_HEADERS if isinstance(sent.get(name), int | float)}
+    headers: dict[str, Any] = {name: sent[name] for name in TIME_HEADERS if isinstance(sent.get(name), int | float)}
+    if isinstance(expires := sent.get(EXPIRES_HEADER), str) and len(expires) <= MAX_ID_CHARS:
+        headers[EXPIRES_HEADER] = expires
     if isinstance(task_id := sent.get("id"), str) and len(task_id) <= MAX_ID_CHARS:
         headers["id"] = task_id
     headers["task"] = MODERATE_TASK
@@ -326,7 +332,8 @@ def _sound(raw: object) -> Comment:
     if isinstance(raw, dict) and len(raw) > MAX_FIELDS:
         raise _Unsound(f"has {len(raw):,} fields, which is more than a comment of any version has")
     if isinstance(raw, _Repetitive):
-        raise _Unsound(f"{shown(raw.repeated)} stands twice; which of them counts is left open")
+        name = shown(raw.repeated, Comment.model_fields)
+        raise _Unsound(f"{name} stands twice; which of them counts is left open")
     if _is_repetitive(raw):
         raise _Unsound("a name stands twice in an object within it; which of them counts is left open")
     try:
@@ -360,17 +367,23 @@ def _task(headers: Mapping[str, Any], decoded: object) -> tuple[object, object, 
         arguments = decoded[0] if isinstance(decoded, list) and decoded else None
         return headers["task"], headers.get("id"), arguments
     if isinstance(decoded, _Repetitive):
-        raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"{shown(decoded.repeated)} stands twice in the body")
+        name = shown(decoded.repeated, ("task", "id", "args", "kwargs"))
+        raise _Unreadable(Reason.UNREADABLE_MESSAGE, f"{name} stands twice in the body")
     if isinstance(decoded, dict) and "task" in decoded:
         return decoded["task"], decoded.get("id"), decoded.get("args")
     raise _Unreadable(Reason.UNREADABLE_MESSAGE, "no task is named in the headers or the body")
+
+
+def _task_shown(task: object) -> str:
+    is_dotted = isinstance(task, str) and len(task) <= MAX_TASK_ID_CHARS and TASK_NAME.fullmatch(task)
+    return ascii(task) if is_dotted else shown(task, (MODERATE_TASK,))
 
 
 def _comments(task: object, arguments: object) -> list[object]:
     if task != MODERATE_TASK:
         raise _Unreadable(
             Reason.UNKNOWN_TASK,
-            f"task {shown(task)} is not known here; this queue takes {MODERATE_TASK!r}",
+            f"the task is not known here: {_task_shown(task)}; this queue takes {MODERATE_TASK!r}",
         )
     if not isinstance(arguments, list) or len(arguments) != 1 or not isinstance(arguments[0], list):
         raise _Unreadable(

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import (
 )
 
 from config.names import LABELS, MODERATE_QUEUES, WORKER_UNACKED_KEY, Action, Reason
+from config.queues import priority_lists
 from db.drift import Drift
 from worker import clock
 from worker.histogram import BOUNDS_S, Histogram
@@ -80,7 +81,7 @@ class QueueWatch:
         channel = self._broker.default_channel
         taken = self._app.amqp.queues.consume_from
         names = dict.fromkeys([*MODERATE_QUEUES, *taken])
-        lists = [(name, channel._q_for_pri(name, step)) for name in names for step in channel.priority_steps]
+        lists = [(name, key) for name in names for key in priority_lists(name)]
         with channel.client.pipeline(transaction=False) as asked:
             for _, key in lists:
                 # kombu's client adds the prefix of all keys to some commands only.

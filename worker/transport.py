@@ -41,7 +41,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from config.names import MODERATE_QUEUE, MODERATE_QUEUES, WORKER_UNACKED_KEY
-from config.queues import known_queue
+from config.queues import PRIORITIES, known_queue
 from db.outage import Outage
 from worker import clock
 from worker.envelope import MalformedMessage, malformed_envelope, read_envelope
@@ -864,7 +864,7 @@ def transport_options(visibility_timeout_s: float) -> dict[str, Any]:
         "unacked_index_key": f"{WORKER_UNACKED_KEY}_index",
         "unacked_mutex_key": f"{WORKER_UNACKED_KEY}_mutex",
         "unacked_restore_interval": 2,
-        "priority_steps": [0, 3, 6, 9],
+        "priority_steps": [*PRIORITIES],
         "socket_connect_timeout": 5,
         "socket_timeout": 10,
         "socket_keepalive": True,

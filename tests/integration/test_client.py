@@ -43,6 +43,7 @@ from api_client.limits import Limits, QueueFull, RateLimited, TryLater
 from api_client.publishing import ask, new_task_id, push
 from config.names import ACTIVATION_CHANGED, DECIDED_CHANNEL, MODERATE_QUEUES, RETRAIN_QUEUE, WORKER_CONTROL_EXCHANGE
 from config.policy import PolicyError
+from config.queues import priority_list
 from config.settings import ROOT, SettingsError, settings
 from db import queries
 from db.durable import database_time, overdue
@@ -376,6 +377,10 @@ class TestLimits:
             assert redis.llen("toxicity") == 1
             assert totals_of(client).pending == 0
             client.submit("one more", durable=True)
+            with pytest.raises(QueueFull):
+                client.submit("too much")
+            # And what another producer gave a priority counts as well
+            redis.rename("toxicity", priority_list("toxicity", 7))
             with pytest.raises(QueueFull):
                 client.submit("too much")
             # And another queue has room of its own
@@ -962,7 +967,8 @@ class TestStatus:
         client.submit("one")
         client.submit("two")
         with Celery(broker=redis_url, set_as_current=False) as plain:
-            plain.send_task("worker.moderate", [[{"text": "three"}]], queue="toxicity", priority=6)
+            plain.conf.broker_transport_options = {"priority_steps": list(range(10))}
+            plain.send_task("worker.moderate", [[{"text": "three"}]], queue="toxicity", priority=5)
         decide(database_url, scored("a", action="hide"))
         activation_id = client.activate("v2", instead_of=client.active(), by="ada", reason="better")
         engine = open_database(database_url)

@@ -174,6 +174,10 @@ def test_messages_of_a_stock_producer_arrive_whatever_their_priority(
 ) -> None:
     # Given messages in the queue's main list and in those of kombu's priorities
     sent = [*send(producer, "plain"), *(send(producer, "p", priority=n)[0] for n in (0, 3, 5, 6, 9))]
+    # And in those of a producer that sets other steps than kombu's own
+    with celery.Celery(broker=producer.conf.broker_url, set_as_current=False) as other:
+        other.conf.broker_transport_options = {"priority_steps": list(range(10))}
+        sent += [send(other, "p", priority=n)[0] for n in range(10)]
     # When we consume
     messages = consume().receive(len(sent))
     # Then each arrived once, as Celery wrote it

@@ -92,6 +92,13 @@ class TestRefused:
     def test_a_time_needs_its_zone(self, time: Any) -> None:
         assert complaint({"text": "a", "created_at": time}).startswith("'created_at' Input should")
 
+    @pytest.mark.parametrize("value", [{"\0": 1}, [["\0"]], {"a": {"b": "\ud800"}}])
+    def test_context_holds_what_databases_can_store(self, value: Any) -> None:
+        assert complaint({"text": "a", "context": {"a": value}}).startswith("'context' holds ")
+        # But what only looks like it, such as JSON within a text, is as good as any
+        sound = {"text": "a", "context": {"a": r"\u0000", r"\u0000": r'{"b": "\\u0000"}'}}
+        assert message_form(sound)["context"] == sound["context"]
+
     @pytest.mark.parametrize("value", [float("nan"), object(), datetime(2026, 1, 1, tzinfo=UTC)])
     def test_context_must_be_json(self, value: Any) -> None:
         assert complaint({"text": "a", "context": {"a": value}}).startswith("'context' cannot be written as JSON: ")

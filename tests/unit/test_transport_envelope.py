@@ -62,6 +62,12 @@ def test_body_that_is_not_base64_is_read_as_text() -> None:
     assert read_envelope(changed(body=text, properties={"body_encoding": "utf-8"}))["body"] == BODY
 
 
+@pytest.mark.parametrize("headers", [None, []])
+def test_headers_that_are_empty_in_another_way_are_none(headers: object) -> None:
+    # As gocelery and celery-php sent them, with all of Celery's protocol 1 in the body
+    assert read_envelope(changed(headers=headers))["headers"] == {}
+
+
 def test_zlib_body_is_decompressed_once() -> None:
     read = read_envelope(compressed(zlib.compress(BODY)))
     assert read["body"] == BODY
@@ -84,12 +90,16 @@ def test_zlib_body_is_decompressed_once() -> None:
         pytest.param(changed(headers=[1]), "headers and properties", id="list-headers"),
         pytest.param(changed(headers={"task": ["unhashable"]}), "task must be a string", id="task-list"),
         pytest.param(changed(**{"content-type": "application/x-python-serialize"}), "python-serialize", id="pickle"),
-        pytest.param(changed(**{"content-type": None}), "content type None", id="no-content-type"),
+        pytest.param(changed(**{"content-type": None}), "application/json, not null", id="no-content-type"),
         pytest.param(changed(body=5), "body must be a string", id="body-number"),
         pytest.param(changed(body="not base64!"), "not base64", id="not-base64"),
-        pytest.param(changed(properties={"body_encoding": "rot13"}), "'rot13'", id="unknown-body-encoding"),
-        pytest.param(changed(properties={"body_encoding": [1]}), "[1]", id="list-body-encoding"),
-        pytest.param(changed(headers={"compression": "application/x-bz2"}), "only zlib", id="unknown-compression"),
+        pytest.param(
+            changed(properties={"body_encoding": "rot13"}),
+            "base64 or utf-8, not a name of 5",
+            id="unknown-body-encoding",
+        ),
+        pytest.param(changed(properties={"body_encoding": [1]}), "a list", id="list-body-encoding"),
+        pytest.param(changed(headers={"compression": "application/x-bz2"}), "x-bz2", id="unknown-compression"),
         pytest.param(compressed(BODY), "not zlib", id="not-compressed"),
         pytest.param(
             compressed(zlib.compress(bytes(MAX_MESSAGE_BYTES + 1))),

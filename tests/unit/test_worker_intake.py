@@ -12,6 +12,7 @@ from config.names import ANSWER_TO_HEADER, BULK_QUEUE, MODERATE_TASK, SUBMITTED_
 from worker import intake, transport
 from worker.envelope import MALFORMED_BYTES_HEADER, malformed_envelope, write_envelope
 from worker.intake import MAX_DELIVERIES, _answer_to, _parse, _read, _submitted_at
+from worker.message import single_messages
 from worker.transport import SUSPECT_RETURNS, UNREAD_RETURNS, Delivery, Message
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -80,6 +81,28 @@ def test_a_message_that_may_kill_who_reads_it_is_not_read() -> None:
     assert (refused.reason, refused.payload, refused.payload_bytes) == (Reason.WORKER_DIED, b"raw", 3)
     assert refused.dead_letter_id == refused.payload_sha256
     assert "10 times" in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("expires", "expired"),
+    [
+        ("2026-11-22T12:00:00+00:00", True),
+        ("2026-11-22T11:59:59", True),  # in UTC
+        ("2026-11-22T13:00:00+02:00", True),
+        ("2026-11-22T12:00:00.1Z", False),
+        (None, False),
+        (1795348800, False),
+        ("yesterday", False),
+        ("1" * 10_000, False),
+    ],
+)
+def test_a_message_expires_as_celery_says(expires: object, expired: bool) -> None:
+    parsed = _parse(message(SOUND, SECRET, BAD, expires=expires), NOW)
+    assert len(parsed.submitted) == (0 if expired else 2)
+    assert [one.reason for one in parsed.refused].count(Reason.EXPIRED) == (2 if expired else 0)
+    # And so does each of its comments where they go on alone
+    [single, _] = single_messages(_parse(message(SOUND, SECRET), NOW).submitted, {"expires": expires}, "toxicity")
+    assert _parse(Message(Delivery("tag", "toxicity", single, 0)), NOW).submitted == [] if expired else True
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, RecursionError])
