@@ -201,6 +201,7 @@ def _columns(named: Sequence[str]) -> dict[str, str]:
     for each in named:
         name, equals, column = each.partition("=")
         if not equals or name not in ("comment_text", *LABELS):
-            raise Problem(f"--columns {each} must be OURS=THEIRS, where OURS is comment_text or a label")
+            turned = f": did you mean {column}={name}?" if column in ("comment_text", *LABELS) else ""
+            raise Problem(f"--columns {each} must be OURS=THEIRS, where OURS is comment_text or a label{turned}")
         columns[name] = column
     return columns

@@ -704,7 +704,7 @@ class TestOffline:
         assert policy.decide("default", [1.0] * 6).label == "toxic"
         # And a column that we have no name for is refused
         done = moderato("evaluate", *files, "--columns", "body=comment_text", status=1)
-        assert "--columns body=comment_text must be OURS=THEIRS" in done.stderr
+        assert "--columns body=comment_text must be OURS=THEIRS" in done.stderr and "comment_text=body?" in done.stderr
 
     def test_training_here_and_now(self, moderato: Moderato, versions_dir: Path, tmp_path: Path) -> None:
         # When the version is fine-tuned a little further into a directory of its own
