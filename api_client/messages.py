@@ -6,6 +6,7 @@ Pure: nothing here speaks to Redis or the database.
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from api_client.publishing import new_task_id
 from config.comment import Comment
 from config.comment import explain as explain_refusal
+from config.identity import TEXT_HASH_CHARS, SubmissionId, submission_id
 from config.names import DEFAULT_COMMUNITY
 from db.durable import PendingSubmission
 
@@ -28,38 +30,64 @@ class InvalidComment(Exception):
 
 
 class SubmissionIds(Sequence[str]):
-    """The ids of submitted comments, in their order; kept for each message rather than for each comment."""
+    """The ids of submitted comments, in their order; kept for each message rather than for each comment.
+
+    Each is a `config.identity.SubmissionId`.
+    """
 
     def __init__(self) -> None:
-        self._messages: list[tuple[str, dict[int, str]]] = []
+        self._messages: list[_Message] = []
         self._ends: list[int] = []
 
     def add(self, task_id: str, comments: Sequence[Mapping[str, Any]]) -> None:
         """Take in one message."""
-        keys = {
-            index: comment["idempotency_key"] for index, comment in enumerate(comments) if "idempotency_key" in comment
-        }
-        self._messages.append((task_id, keys))
+        self._messages.append(_Message.of(task_id, comments))
         self._ends.append(len(self) + len(comments))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> SubmissionId: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: int | slice) -> SubmissionId | list[str]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         message = bisect_right(self._ends, position)
-        task_id, keys = self._messages[message]
-        place = position - (self._ends[message - 1] if message else 0)
-        return keys.get(place, f"{task_id}:{place}")
+        return self._messages[message].id_at(position - (self._ends[message - 1] if message else 0))
 
     def __repr__(self) -> str:
         return f"<{len(self):,} submission ids>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What the ids of its comments are made of."""
+
+    task_id: str
+    keys: dict[int, str]
+    """Of those that have one, by their places; so with the next."""
+    communities: dict[int, str]
+    text_hashes: bytes
+    """TEXT_HASH_CHARS digits of each."""
+
+    @classmethod
+    def of(cls, task_id: str, comments: Sequence[Mapping[str, Any]]) -> "_Message":
+        keys, communities = (
+            {place: comment[field] for place, comment in enumerate(comments) if field in comment}
+            for field in ("idempotency_key", "community")
+        )
+        hashes = (bytes.fromhex(text_sha256(comment)[:TEXT_HASH_CHARS]) for comment in comments)
+        return cls(task_id, keys, communities, b"".join(hashes))
+
+    def id_at(self, place: int) -> SubmissionId:
+        community = self.communities.get(place, DEFAULT_COMMUNITY)
+        each = TEXT_HASH_CHARS // 2
+        text_hash = self.text_hashes[place * each : (place + 1) * each].hex()
+        name = self.keys.get(place) or f"{self.task_id}:{place}"
+        return SubmissionId(submission_id(community, name), community, text_hash)
 
 
 def message_form(comment: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +153,21 @@ def in_messages(comments: list[dict[str, Any]]) -> list[tuple[str, list[dict[str
     ]
 
 
+def name_of(form: Mapping[str, Any], task_id: str, place: int) -> str:
+    """The name of a comment's submission: see `config.identity`."""
+    name: str = form.get("idempotency_key", f"{task_id}:{place}")
+    return name
+
+
 def pending_submission(
-    form: Mapping[str, Any], submission_id: str, queue: str, submitted_at: datetime, now: datetime
+    form: Mapping[str, Any], name: str, queue: str, submitted_at: datetime, now: datetime
 ) -> PendingSubmission:
+    community = form.get("community", DEFAULT_COMMUNITY)
+    its_id = submission_id(community, name)
     return PendingSubmission(
-        submission_id=submission_id,
-        community=form.get("community", DEFAULT_COMMUNITY),
-        comment_id=form.get("id", submission_id),
+        submission_id=its_id,
+        community=community,
+        comment_id=form.get("id", its_id),
         author=form.get("author"),
         text=form["text"],
         text_sha256=text_sha256(form),
@@ -142,6 +178,7 @@ def pending_submission(
         queue=queue,
         expires_at=_time(form.get("expires_at")),
         enqueued_at=now,
+        name=None if name == its_id else name,
     )
 
 
@@ -153,8 +190,5 @@ def text_sha256(form: Mapping[str, Any]) -> str:
     return hashlib.sha256(form["text"].encode()).hexdigest()
 
 
-def key_is_taken(idempotency_key: str) -> str:
-    return (
-        f"the idempotency key {idempotency_key!r} was used before with another text; nothing was submitted: "
-        "use a new key for an edited comment"
-    )
+def id_is_taken(submission_id: str) -> str:
+    return f"the id {submission_id!r} belongs to another text; use a new idempotency key for an edited comment"

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from api_client.connecting import Connections
 from config.names import Action, Reason
-from db import dead_letters, privacy, queries, webhooks
+from db import dead_letters, identity, privacy, queries, webhooks
 from db.durable import database_time
 
 
@@ -41,7 +41,7 @@ class Moderator(Connections):
         with self._writing() as connection:
             return queries.add_review(
                 connection,
-                submission_id=submission_id,
+                submission_id=identity.stored_id(connection, submission_id),
                 action=action,
                 labels={label: bool(value) for label, value in (labels or {}).items()},
                 reviewer=reviewer,

@@ -14,7 +14,7 @@ from api_client.connecting import Connections
 from api_client.explaining import explanation
 from api_client.listening import Nudges
 from config.names import DEFAULT_COMMUNITY, Action, EventType, Reason
-from db import dead_letters, explain, feed, policies, privacy, queries, reviews, webhooks
+from db import dead_letters, explain, feed, identity, policies, privacy, queries, reviews, webhooks
 from db.dead_letters import DeadLetterRow
 
 if TYPE_CHECKING:
@@ -60,9 +60,13 @@ class Reader(Connections):
     """Reads results. Changes nothing."""
 
     def result(self, submission_id: str) -> queries.Result | None:
-        """What became of one submission; None while it has no decision."""
+        """What became of one submission; None while it has no decision.
+
+        An id as `submit` returned it finds the decision on that text, a plain string whatever was decided under it.
+        """
         with self._reading() as connection:
-            return queries.result(connection, submission_id)
+            [row] = identity.standing(connection, [submission_id])
+            return None if row is None else queries.result(connection, row.submission_id)
 
     def results(self, **filters: Unpack[ResultFilters]) -> Results:
         """The decisions that fit every filter given; see `db.queries.results` for each. Iterating asks the database."""
@@ -84,6 +88,11 @@ class Reader(Connections):
         """The id of the newest submission of a comment, decided or not; None where there is none."""
         with self._reading() as connection:
             return explain.newest_submission(connection, community=community, comment_id=comment_id)
+
+    def communities_of(self, comment_id: str) -> list[str]:
+        """The communities that have a comment of this id, in order."""
+        with self._reading() as connection:
+            return identity.communities_of(connection, comment_id)
 
     def follow(
         self,
@@ -141,9 +150,10 @@ class Reader(Connections):
             return dead_letters.newest(connection, limit=limit, reason=reason)
 
     def dead_letter(self, dead_letter_id: str) -> DeadLetterRow | None:
-        """One dead letter, with its payload; None where there is none of this id."""
+        """One dead letter, by its own id or its submission's, with its payload; None where there is none."""
         with self._reading() as connection:
-            return dead_letters.by_id(connection, [dead_letter_id]).get(dead_letter_id)
+            found = dead_letters.by_id(connection, [dead_letter_id]).get(dead_letter_id)
+            return found or dead_letters.letter_of(connection, dead_letter_id)
 
     def count_dead_letters(self, *, reason: Reason | None = None, received_before: datetime | None = None) -> int:
         """How many dead letters `purge_dead_letters` would delete."""

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from config.comment import Comment, explain
+from config.identity import refused_name
 from config.names import MAX_ID_CHARS, Reason
 from db.dead_letters import DeadLetterRow
 
@@ -19,10 +20,10 @@ class _Repeated(Exception):
 
 
 def comments_of(letter: DeadLetterRow) -> list[tuple[str, dict[str, Any]]]:
-    """The comments of a letter in the form they travel in, each with the id of its submission.
+    """The comments of a letter in the form they travel in, each with the name of its submission.
 
-    That is the letter's id where it holds one comment, and `<letter id>:<n>` where it holds a whole message. None of
-    them expires any more: whoever retries an expired one wants it decided.
+    What could not be read has the name now that it would have had then: its idempotency key, or that of its place in
+    its message. None of them expires any more: whoever retries an expired one wants it decided.
 
     Raises:
         NotRetryable: the letter does not hold all of it, or it breaks the contract still.
@@ -36,14 +37,12 @@ def comments_of(letter: DeadLetterRow) -> list[tuple[str, dict[str, Any]]]:
             f"only the first {len(letter.payload):,} of its {letter.payload_bytes:,} bytes were kept; "
             "whoever submitted it must submit it again"
         )
-    comments = _comments(letter)
-    longest = max(len(submission_id) for submission_id, _ in comments)
-    if longest > MAX_ID_CHARS:
-        raise NotRetryable(f"its id is too long to submit it under: {longest} characters, of {MAX_ID_CHARS} allowed")
-    return [(submission_id, _form(letter, submission_id, raw)) for submission_id, raw in comments]
+    forms = [_form(letter, name, raw) for name, raw in _comments(letter)]
+    return [(form["idempotency_key"], form) for form in forms]
 
 
 def _comments(letter: DeadLetterRow) -> list[tuple[str, object]]:
+    name = letter.name or refused_name(letter.dead_letter_id)
     try:
         payload = json.loads(letter.payload, object_pairs_hook=_object)
     except _Repeated:
@@ -54,8 +53,8 @@ def _comments(letter: DeadLetterRow) -> list[tuple[str, object]]:
     if isinstance(payload, dict) and "args" in payload:
         arguments = payload["args"]  # Celery's protocol 1
     if isinstance(arguments, list) and len(arguments) == 1 and isinstance(arguments[0], list) and arguments[0]:
-        return [(f"{letter.dead_letter_id}:{place}", raw) for place, raw in enumerate(arguments[0])]
-    return [(letter.dead_letter_id, payload)]
+        return [(f"{name}:{place}", raw) for place, raw in enumerate(arguments[0])]
+    return [(name, payload)]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,11 +64,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-def _form(letter: DeadLetterRow, submission_id: str, raw: object) -> dict[str, Any]:
+def _form(letter: DeadLetterRow, name: str, raw: object) -> dict[str, Any]:
     try:
         comment = Comment.model_validate(raw)
     except ValidationError as error:
-        which = "it" if submission_id == letter.dead_letter_id else submission_id
-        raise NotRetryable(f"{which} breaks the contract still: {explain(error)}") from None
-    comment = comment.model_copy(update={"idempotency_key": submission_id, "expires_at": None, "store_text": True})
+        raise NotRetryable(f"{name} breaks the contract still: {explain(error)}") from None
+    if letter.text_sha256 is None and comment.idempotency_key is not None:
+        name = comment.idempotency_key
+    if len(name) > MAX_ID_CHARS:
+        raise NotRetryable(f"its id is too long to submit it under: {len(name)} characters, of {MAX_ID_CHARS} allowed")
+    comment = comment.model_copy(update={"idempotency_key": name, "expires_at": None, "store_text": True})
     return comment.model_dump(mode="json", exclude_defaults=True)

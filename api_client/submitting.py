@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from kombu.connection import ConnectionPool
@@ -17,24 +17,27 @@ from api_client.messages import (
     InvalidComment,
     SubmissionIds,
     checked_form,
+    id_is_taken,
     in_messages,
-    key_is_taken,
+    name_of,
     pending_submission,
     round_trips,
-    text_sha256,
 )
 from api_client.publishing import ask, push
 from api_client.retrying import NotRetryable, comments_of
 from api_client.waiting import SetAside, Verdict, WaitTimeout, verdict_of, wait_for_verdict, wait_until_found
+from config.identity import SubmissionId
 from config.names import ANSWER_TO_HEADER, ENQUEUED_AT_HEADER, MODERATE_QUEUE, SUBMITTED_AT_HEADER, Reason
 from config.queues import check_queue, known_queue
-from db import dead_letters, queries
+from db import dead_letters, identity, queries
 from db.dead_letters import AlreadyDecided
 from db.durable import database_time, record_pending
 from db.session import DatabaseProblem
 
 DURABLE_RESEND_PAUSES_S = (0.0,)
 """Of what is durable, which somebody else sends later: once more, as a kept connection may be stale."""
+DATABASE_CLOCK_STEP = timedelta(milliseconds=1)
+"""SQLite's clock tells no shorter time."""
 KEPT = "durable submissions are kept in the database, and sent when a worker finds them waiting there"
 SAFE_AGAIN = "an idempotency_key makes it safe to submit them again"
 
@@ -91,7 +94,8 @@ class Producer(Connections):
                 now or loses everything later; from the settings where it is not given.
 
         Returns:
-            The submission's id: the idempotency key, or one made here.
+            The submission's id, made of the community and the idempotency key, or a name made here: see
+            `config.identity`. It also knows the text, for `wait` and `result`.
 
         Raises:
             InvalidComment: what would not be taken; or a durable submission's idempotency key belongs to another text.
@@ -141,10 +145,10 @@ class Producer(Connections):
         form = checked_form({**comment, "text": text}, durable)
         with self._answer_lines.borrow() as line:
             token = None if line is None else line.token
-            [submission_id] = self._send(
+            submission_id = self._send(
                 [form], queue, durable, SubmissionIds(), answer_to=token, connections=self._prompt_connections
-            )
-            verdict = wait_for_verdict(submission_id, line, lambda: self._verdict(submission_id, form), timeout_s)
+            )[0]
+            verdict = wait_for_verdict(submission_id, line, lambda: self._verdict(submission_id), timeout_s)
         if verdict is None:
             raise WaitTimeout(
                 f"{submission_id} has no decision after {timeout_s:g} s; it may still come. `moderato status` says "
@@ -153,15 +157,17 @@ class Producer(Connections):
             )
         return verdict
 
-    def _verdict(self, submission_id: str, form: Mapping[str, Any]) -> Verdict | None:
+    def _verdict(self, submission_id: SubmissionId) -> Verdict | None:
         with self._reading() as connection:
-            result = queries.result(connection, submission_id)
-            letter = None if result else dead_letters.by_id(connection, [submission_id]).get(submission_id)
-        if letter is not None:
-            raise SetAside(letter)
-        if result is not None and result.text_sha256 != text_sha256(form):
-            raise InvalidComment(key_is_taken(submission_id))
-        return None if result is None else verdict_of(result)
+            [row] = identity.standing(connection, [submission_id])
+            result = None if row is None else queries.result(connection, row.submission_id)
+            if result is not None:
+                return verdict_of(result)
+            if (letter := dead_letters.letter_of(connection, submission_id)) is not None:
+                raise SetAside(letter)
+            if row is None and identity.standing(connection, [str(submission_id)]) != [None]:
+                raise InvalidComment(id_is_taken(submission_id))
+        return None
 
     def submit_many(
         self,
@@ -223,31 +229,37 @@ class Producer(Connections):
         Redis says when to look for them in the database. For one comment, `moderate` is told the decision itself.
 
         Args:
+            ids: as `submit` and `submit_many` returned them, they know their texts: a text that was set aside because
+                its id belongs to another one is `dead`, also where that other one is decided. A plain string asks for
+                whatever stands under it.
             on_progress: is told how many have an outcome, and how many there are.
 
         Raises:
             WaitTimeout: some have none after `timeout_s`.
         """
-        missing = dict.fromkeys(ids)
+        # Several texts may have come under one id: each is waited for.
+        missing = {(each, getattr(each, "text_hash", None)): each for each in ids}
         total = len(missing)
         outcomes: dict[str, Literal["decided", "dead"]] = {}
 
         def look() -> bool:
             with self._reading() as connection:
-                found = queries.outcomes(connection, missing)
-            outcomes.update(found)
-            for submission_id in found:
-                del missing[submission_id]
+                found = queries.outcomes(connection, [*missing.values()])
+            for (asked, submission_id), outcome in zip([*missing.items()], found, strict=True):
+                if outcome is not None:
+                    del missing[asked]
+                    if outcomes.get(submission_id) != "dead":
+                        outcomes[submission_id] = outcome
             if on_progress is not None:
-                on_progress(len(outcomes), total)
+                on_progress(total - len(missing), total)
             return not missing
 
         with closing(Nudges(self._app.connection_for_write)) as nudges:
             if not wait_until_found(look, nudges, timeout_s):
                 raise WaitTimeout(
                     f"{len(missing)} of {total} comments have no decision after {timeout_s:g} s, the first of them "
-                    f"{next(iter(missing))}; `moderato status` says whether a worker runs and how many still wait",
-                    list(missing),
+                    f"{next(iter(missing.values()))}; `moderato status` says whether a worker runs and how many wait",
+                    list(missing.values()),
                 )
         return outcomes
 
@@ -286,11 +298,14 @@ class Producer(Connections):
             if letter is None or reason not in (None, letter.reason):
                 raise NotRetryable("there is no such dead letter")
             comments, now, queue = comments_of(letter), database_time(connection), known_queue(letter.queue)
-            # Its first time in the queue says nothing of how long it waits now.
-            rows = [pending_submission(form, submission_id, queue, now, now) for submission_id, form in comments]
+            # It keeps its place: a text that was edited since does not become the newest by being retried.
+            since = letter.submitted_at or letter.received_at
+            rows = [pending_submission(form, name, queue, since, now) for name, form in comments]
+            rows = identity.under_stored_ids(connection, rows)
             if not dead_letters.take_back(connection, dead_letter_id, rows):
                 raise NotRetryable("somebody else has just retried or deleted it")
         messages = in_messages([form for _, form in comments])
+        # Its first time in the queue says nothing of how long it waits now.
         own_headers = dict.fromkeys((SUBMITTED_AT_HEADER, ENQUEUED_AT_HEADER), now.timestamp())
 
         def publish() -> None:
@@ -298,7 +313,7 @@ class Producer(Connections):
                 push(self._app, broker, queue, messages, own_headers)
 
         self._if_broker_is_there(publish)
-        return [submission_id for submission_id, _ in comments]
+        return [row.submission_id for row in rows]
 
     def _send(
         self,
@@ -358,22 +373,20 @@ class Producer(Connections):
 
     def _commit(self, messages: list[tuple[str, list[dict[str, Any]]]], queue: str, submitted_at: float) -> float:
         """Write them as pending; when that was, by the database's clock, in seconds since the epoch."""
-        ids = SubmissionIds()
-        for task_id, listed in messages:
-            ids.add(task_id, listed)
-        comments = [comment for _, listed in messages for comment in listed]
+        named = [
+            (name_of(form, task_id, place), form) for task_id, listed in messages for place, form in enumerate(listed)
+        ]
         try:
             with self._writing() as connection:
                 now = database_time(connection)
-                rows = [
-                    pending_submission(comment, submission_id, queue, datetime.fromtimestamp(submitted_at, UTC), now)
-                    for comment, submission_id in zip(comments, ids, strict=True)
-                ]
+                # A producer's clock that is ahead must not make this the newest submission of its comment for long.
+                since = min(datetime.fromtimestamp(submitted_at, UTC), now + DATABASE_CLOCK_STEP)
+                rows = [pending_submission(form, name, queue, since, now) for name, form in named]
                 if taken := record_pending(connection, rows):
-                    raise InvalidComment(key_is_taken(taken[0]))
+                    raise InvalidComment(f"{id_is_taken(taken[0])}; nothing was submitted")
         except DatabaseProblem as problem:
             raise DatabaseProblem(
-                f"{problem}; {len(comments)} comments were not submitted, unless the answer to the commit was lost: "
+                f"{problem}; {len(named)} comments were not submitted, unless the answer to the commit was lost: "
                 f"{SAFE_AGAIN}"
             ) from problem
         return now.timestamp()

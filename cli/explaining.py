@@ -9,8 +9,9 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from cli.comment_ids import CommentCommunity, CommentId, community_of
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, print_line, printable, say, shorten, shown
-from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES, Action
+from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     from config.policy import Policy, Rules
@@ -18,17 +19,14 @@ if TYPE_CHECKING:
 
 SAME = 1e-5
 """How far a score may move with the batch it is in: the rounding of sums taken in another order."""
-CUT = "the text is too long once it is normalised: only its beginning was scored, so a person must see the rest"
 NAME_CHARS = 14
 """Of a line: the name of what it says, and a space."""
 
 
 def explain(
     submission_id: Annotated[str | None, typer.Argument(metavar="ID", help="As `moderato results` shows it.")] = None,
-    comment: Annotated[
-        str | None, typer.Option(metavar="ID", help="Your own id of the comment: its newest submission.")
-    ] = None,
-    community: Annotated[str, typer.Option(help="Of --comment.")] = DEFAULT_COMMUNITY,
+    comment_id: CommentId = None,
+    community: CommentCommunity = None,
     rerun: Annotated[
         bool,
         typer.Option("--rerun", help="Score the text again by the version that decided; exit status 1 if it differs."),
@@ -43,20 +41,21 @@ def explain(
 
     Example: moderato explain 01a2063d-7c59-75c0-b450-e661be7a987f:2 --rerun
 
-    Example: moderato explain --comment 42 --community news --json
+    Example: moderato explain --comment-id 42 --community news --json
     """
-    if (submission_id is None) == (comment is None):
-        raise Problem("give either a submission's id or --comment: moderato explain --comment 42 --community news")
+    if (submission_id is None) == (comment_id is None):
+        raise Problem("give either a submission's id or --comment-id: moderato explain --comment-id 42")
     if text and not rerun:
         raise Problem("--text shows the windows of a text that is scored again: add --rerun")
 
     from api_client.client import ModerationClient
 
     with ModerationClient() as client:
-        if comment is not None:
-            submission_id = client.newest_submission(comment, community=community)
+        if comment_id is not None:
+            community = community_of(client, comment_id, community)
+            submission_id = client.newest_submission(comment_id, community=community)
             if submission_id is None:
-                raise Problem(f"community {community!r} has no submission of comment {comment!r}; --community names it")
+                raise Problem(f"community {community!r} has no submission of comment {comment_id!r}")
         assert submission_id is not None
         explained = client.explain(submission_id)
         if explained is None:
@@ -159,7 +158,6 @@ def _rerun(
 ) -> dict[str, Any]:
     from config.settings import settings
     from model.engine import load_scorer
-    from model.text import is_truncated
     from model.version import VersionError, version_directory
 
     decision, worker = explained["decision"], settings().worker
@@ -192,10 +190,7 @@ def _rerun(
     nearest = min(tried, key=lambda each: each["largest_difference"])
     action = None
     if policy is not None:
-        # By what is read of the text now: a release that read more of it may have decided.
-        action = policy.decide(
-            explained["community"], list(nearest["scores"].values()), truncated=is_truncated(text)
-        ).action.value
+        action = policy.decide(explained["community"], list(nearest["scores"].values())).action.value
     return nearest | {"action": action} | _verdict(nearest["largest_difference"], action, decision["action"])
 
 
@@ -306,7 +301,7 @@ def _line(name: str, value: str) -> Text:
 def _because(decision: Mapping[str, Any]) -> str:
     rule = decision["rule"]
     if rule is None:
-        return CUT if decision["truncated"] and decision["action"] == Action.REVIEW else "no rule fired"
+        return "no rule fired"
     return f"{rule['label']} {rule['score']:.4f} is at or above {rule['threshold']:g}, which leads to {rule['action']}"
 
 

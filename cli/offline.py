@@ -63,7 +63,7 @@ def score(
                 rows += len(chunk)
                 update(table.bytes_read(), note=f"{rows:,} rows")
     bad.tell()
-    say(f"{rows:,} row{'' if rows == 1 else 's'} in {'standard output' if target == STDOUT else target}")
+    say(f"{rows:,} rows in {'standard output' if target == STDOUT else target}")
 
 
 def added_columns(columns: Sequence[str], prefix: str | None) -> dict[str, str]:
@@ -149,14 +149,11 @@ def _judged(
     rows: Sequence[Row], column: str, scorer: "Scorer", policy: "Policy", community: str
 ) -> Iterator[dict[str, str | float | None]]:
     """The scores and the action of each row's text."""
-    from model.text import is_truncated
-
     texts = [row.values.get(column) or "" for row in rows]
     scores = iter(scorer.score_texts([text for text in texts if text.strip()]).tolist())
     for text in texts:
         if text.strip():
             of_row = next(scores)
-            action = policy.decide(community, of_row, truncated=is_truncated(text)).action.value
-            yield {**dict(zip(LABELS, of_row, strict=True)), "action": action}
+            yield {**dict(zip(LABELS, of_row, strict=True)), "action": policy.decide(community, of_row).action.value}
         else:
             yield dict.fromkeys(ADDED_COLUMNS)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.comment_ids import CommentId, community_of
 from cli.terminal import Problem, confirm, say, user
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ OUT_OF_REACH = (
 
 
 def erase(
-    comment: Annotated[str | None, typer.Option(metavar="ID", help="Your own id of the comment.")] = None,
+    comment_id: CommentId = None,
     author: Annotated[str | None, typer.Option(metavar="NAME", help="Everything of this author, and the name.")] = None,
     community: Annotated[str | None, typer.Option(help="Only in this community.")] = None,
     reason: Annotated[str | None, typer.Option(help="Why, for the record; it is kept.")] = None,
@@ -25,20 +26,23 @@ def erase(
 ) -> None:
     """Erase the texts of a comment or an author from the database; scores and decisions stay.
 
-    Example: moderato erase --comment 42 --community news --reason "asked by its author"
+    A comment's id belongs to a community; an author without --community is erased in all of them.
+
+    Example: moderato erase --comment-id 42 --community news --reason "asked by its author"
 
     Example: moderato erase --author ann --yes
     """
-    if (comment is None) == (author is None):
-        raise Problem("give either --comment ID or --author NAME")
+    if (comment_id is None) == (author is None):
+        raise Problem("give either --comment-id ID or --author NAME")
 
     from api_client.client import ModerationClient
     from db.privacy import Subject
 
-    subject = (
-        Subject("comment", comment, community) if comment is not None else Subject("author", str(author), community)
-    )
     with ModerationClient() as client:
+        if comment_id is not None:
+            subject = Subject("comment", comment_id, community_of(client, comment_id, community))
+        else:
+            subject = Subject("author", str(author), community)
         found = client.erasable(subject)
         if not (found.submissions or found.dead_letters):
             say(f"nothing of this {subject.kind} is in the database. {OUT_OF_REACH}")

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from cli.comment_ids import CommentId
 from cli.tables import BadRows, Encoding, Separator, SkipBadRows, TextColumn
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, printable, progress, say, shorten, shown
 from cli.times import past
@@ -159,7 +160,7 @@ def submit(
             return
         with progress("deciding", len(ids)) as update:
             outcomes = client.wait(ids, timeout_s=timeout_s, on_progress=update)
-        decided = [row for i in ids if outcomes[i] == "decided" and (row := client.result(i)) is not None]
+        decided = [row for each in ids if (row := client.result(each)) is not None]
         _show(decided, as_json=as_json, with_text=bool(texts))
         if dead := sum(outcome == "dead" for outcome in outcomes.values()):
             say(f"{dead} could not be decided: `moderato dead-letters` says why")
@@ -167,7 +168,7 @@ def submit(
 
 def results(
     community: Annotated[str | None, typer.Option()] = None,
-    comment_id: Annotated[str | None, typer.Option(help="Your own id of the comment.")] = None,
+    comment_id: CommentId = None,
     author: Annotated[str | None, typer.Option()] = None,
     action: Annotated[Action | None, typer.Option(help="What holds now, after reviews.")] = None,
     label: Annotated[

@@ -33,7 +33,7 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is done with a comment, and the rule that says so; no rule where none led to the action."""
+    """What is done with a comment, and the rule that says so; no rule where nothing fired."""
 
     action: Action
     label: str | None
@@ -59,7 +59,7 @@ class Policy:
         """Every label's; those of "default" where the policy does not know the community."""
         return self._communities.get(community, self._communities[DEFAULT_COMMUNITY])
 
-    def decide(self, community: str, scores: Sequence[float], *, truncated: bool = False) -> Verdict:
+    def decide(self, community: str, scores: Sequence[float]) -> Verdict:
         """The strictest action that any label's rules reach.
 
         Where two labels reach it, the one with the higher score is named.
@@ -67,8 +67,6 @@ class Policy:
         Args:
             community: one that the policy does not know is judged as "default".
             scores: six probabilities in the order of `LABELS`.
-            truncated: whether they are those of the text's beginning only. A person must look at the rest: where no
-                rule leads to `review` or a stricter action, the comment is reviewed, and by no rule.
         """
         rules = self.rules(community)
         fired = [
@@ -77,12 +75,9 @@ class Policy:
             for threshold, action in rules[label]
             if score >= threshold
         ]
-        strictest = max(fired, default=None)
-        if truncated and (strictest is None or strictest[0] < STRICTNESS[Action.REVIEW]):
-            return Verdict(Action.REVIEW, None, None)
-        if strictest is None:
+        if not fired:
             return Verdict(Action.ALLOW, None, None)
-        _, _, label, threshold, action = strictest
+        _, _, label, threshold, action = max(fired)
         return Verdict(action, label, threshold)
 
 

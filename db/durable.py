@@ -5,8 +5,8 @@ into a dead one. Functions take a connection, as there.
 """
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ from sqlalchemy.dialects import postgresql
 
 from config.names import SWEEP_LOCK
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
-from db.queries import SHA256_THAT_COUNTS
+from db.identity import known, under_stored_ids, with_letter
 from db.rows import chunks
-from db.tables import IS_PENDING, PENDING, Submission
+from db.tables import DEAD, IS_PENDING, PENDING, Submission
 
 
 # Not frozen, as setting the fields of a frozen one takes four times as long, for every comment.
@@ -40,6 +40,7 @@ class PendingSubmission:
     queue: str
     expires_at: datetime | None
     enqueued_at: datetime
+    name: str | None = None
 
 
 def database_time(connection: Connection) -> datetime:
@@ -57,29 +58,43 @@ def database_time(connection: Connection) -> datetime:
 
 
 def record_pending(connection: Connection, rows: Sequence[PendingSubmission]) -> list[str]:
-    """Write each submission that is not there yet. One that is stays as it is, whatever became of it.
+    """Write each submission that is not there yet, and put back those whose dead letter is gone.
+
+    One that waits, is decided, or has a letter stays as it is.
 
     Returns:
-        The ids that belong to another text; where there is any, nothing should be committed.
+        The ids that belong to another text, or another community; where there is any, nothing should be committed.
     """
+    rows = under_stored_ids(connection, rows)
     first: dict[str, PendingSubmission] = {}
     for row in rows:
         first.setdefault(row.submission_id, row)
     insert_new = {"postgresql": _insert_new_on_postgresql, "sqlite": _insert_new_on_sqlite}[connection.dialect.name]
-    there = insert_new(connection, [*first.values()])
-    text_sha256 = {submission_id: row.text_sha256 for submission_id, row in first.items()} | there
-    taken = (row.submission_id for row in rows if text_sha256[row.submission_id] not in (None, row.text_sha256))
+    there = known(connection, insert_new(connection, [*first.values()]))
+    taken = [
+        row.submission_id
+        for row in rows
+        if (row.text_sha256 != first[row.submission_id].text_sha256)
+        or ((of := there.get(row.submission_id)) and not of.is_same(row))
+    ]
+    if not taken and (dead := [row.submission_id for row in there.values() if row.state == DEAD]):
+        _put_back(connection, {each: first[each] for each in dead})
     return list(dict.fromkeys(taken))
 
 
-def _insert_new_on_postgresql(connection: Connection, rows: Sequence[PendingSubmission]) -> dict[str, str | None]:
-    """Write the rows whose ids are new; of each of the others, the hash of its text, if that counts."""
-    there = connection.scalars(_POSTGRESQL_INSERT, {"rows": json_parameter(rows)}).all()
-    text_sha256: dict[str, str | None] = {}
-    for ids in chunks(there):
-        known = select(Submission.submission_id, SHA256_THAT_COUNTS).where(Submission.submission_id.in_(ids))
-        text_sha256 |= dict(connection.execute(known).all())
-    return text_sha256
+def _put_back(connection: Connection, rows: Mapping[str, PendingSubmission]) -> None:
+    """Make those of these dead submissions pending whose letter is gone."""
+    with_letters = with_letter(connection, [*known(connection, rows, lock=True).values()])
+    for submission_id in rows.keys() - with_letters:
+        values = asdict(rows[submission_id]) | {"state": PENDING, "erased_at": None}
+        del values["comment_id"]  # it has one
+        still_dead = Submission.submission_id == submission_id, Submission.state == DEAD
+        connection.execute(update(Submission).where(*still_dead).values(values))
+
+
+def _insert_new_on_postgresql(connection: Connection, rows: Sequence[PendingSubmission]) -> Sequence[str]:
+    """Write the rows whose ids are new; the ids of the others."""
+    return connection.scalars(_POSTGRESQL_INSERT, {"rows": json_parameter(rows)}).all()
 
 
 def _postgresql_insert() -> Select[Any]:
@@ -100,19 +115,16 @@ def _postgresql_insert() -> Select[Any]:
 _POSTGRESQL_INSERT = _postgresql_insert()
 
 
-def _insert_new_on_sqlite(connection: Connection, rows: Sequence[PendingSubmission]) -> dict[str, str | None]:
+def _insert_new_on_sqlite(connection: Connection, rows: Sequence[PendingSubmission]) -> Sequence[str]:
     """The same, under the only writer's lock."""
-    ids = json.dumps([row.submission_id for row in rows])
-    there: dict[str, str | None] = dict(connection.execute(_SQLITE_THERE, {"ids": ids}).all())
+    there = set(connection.scalars(_SQLITE_THERE, {"ids": json.dumps([row.submission_id for row in rows])}))
     if new := [row for row in rows if row.submission_id not in there]:
         insert_sql, values = _SQLITE_INSERT
         connection.exec_driver_sql(insert_sql, values(new))
-    return there
+    return list(there)
 
 
-_SQLITE_THERE = select(Submission.submission_id, SHA256_THAT_COUNTS).where(
-    in_json_list(Submission.__table__.c.submission_id)
-)
+_SQLITE_THERE = select(Submission.submission_id).where(in_json_list(Submission.__table__.c.submission_id))
 _SQLITE_INSERT = sqlite_insert(PendingSubmission, Submission)
 
 

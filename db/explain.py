@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select
 from db import dead_letters
 from db.activations import came_before
 from db.dead_letters import DeadLetterRow
+from db.identity import stored_id
 from db.policies import PolicyActivationRow
 from db.queries import ActivationRow, VersionRow, version
 from db.rows import first
@@ -71,14 +72,18 @@ def newest_submission(connection: Connection, *, community: str, comment_id: str
     of_comment = select(Submission.submission_id).where(
         Submission.community == community, Submission.comment_id == comment_id
     )
-    newest = of_comment.order_by(Submission.submitted_at.desc(), Submission.submission_id.desc())
+    # As `current_actions` has it: its row is the newest that was decided.
+    newest = of_comment.outerjoin(Decision, Decision.submission_id == Submission.submission_id).order_by(
+        Submission.submitted_at.desc(), Decision.decided_at.desc().nulls_last(), Submission.submission_id.desc()
+    )
     return connection.scalar(newest.limit(1))
 
 
 def facts(connection: Connection, submission_id: str) -> Facts | None:
     """All that is known of a submission, or of a dead letter's id; None where nothing is."""
+    letter = dead_letters.letter_of(connection, submission_id)
+    submission_id = stored_id(connection, submission_id)
     submission = _row(connection, select(Submission.__table__).where(Submission.submission_id == submission_id))
-    letter = dead_letters.by_id(connection, [submission_id]).get(submission_id)
     if submission is None and letter is None:
         return None
     decision = _row(connection, select(Decision.__table__).where(Decision.submission_id == submission_id))

@@ -1,19 +1,22 @@
 """Brings a database to this release's schema, or back. Owns when a migration runs; what it does is in migrations/."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, delete, func, insert, inspect, select
+from sqlalchemy import Connection, Engine, delete, func, insert, inspect, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.schema import CreateIndex, DropIndex
 
 from db.describing import describe
 from db.session import DatabaseProblem, open_database, reading, writing
-from db.tables import SchemaCompatibility
+from db.tables import BESIDE_WORKERS, Base, SchemaCompatibility
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,9 @@ logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
 
 UPGRADE_LOCK = 6_877_836_932
 """PostgreSQL's advisory lock of whoever migrates; any number that nobody else uses."""
+FINISH_LOCK = 6_877_836_931
+"""The same, of whoever does afterwards what no transaction may hold."""
+LOCK_PAUSE_S = 0.2
 
 
 class SchemaMismatch(DatabaseProblem):
@@ -42,8 +48,10 @@ def upgrade(url: str) -> None:
         if _fits_later(engine, _revision(engine)):
             return
         _migrate(url, lambda config: command.upgrade(config, "head"))
-        with writing(engine) as connection:
-            describe(connection)
+        with _finishing(engine):
+            with writing(engine) as connection:
+                describe(connection)
+            _build_indexes(engine)
     finally:
         engine.dispose()
 
@@ -111,6 +119,55 @@ def _note_compatibility(connection: Connection) -> None:
     script = ScriptDirectory(str(MIGRATIONS)).get_revision(revision)
     connection.execute(delete(SchemaCompatibility))
     connection.execute(insert(SchemaCompatibility).values(oldest_revision=script.module.oldest_compatible))
+
+
+@contextmanager
+def _finishing(engine: Engine) -> Iterator[None]:
+    """On PostgreSQL: alone, in no transaction."""
+    if engine.dialect.name == "sqlite":
+        yield
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # Asked again and again: whoever waits for a lock holds a snapshot, and building an index waits for those.
+        while not connection.scalar(select(func.pg_try_advisory_lock(FINISH_LOCK))):
+            time.sleep(LOCK_PAUSE_S)
+        try:
+            yield
+        finally:
+            connection.execute(select(func.pg_advisory_unlock(FINISH_LOCK)))
+
+
+def _build_indexes(engine: Engine) -> None:
+    """Build what is missing of the indexes of large tables. On PostgreSQL workers write to the tables meanwhile.
+
+    There an upgrade that was interrupted leaves an index that is not valid: it is dropped and built anew.
+    """
+    marked = [index for table in Base.metadata.sorted_tables for index in table.indexes if BESIDE_WORKERS in index.info]
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            for index in marked:
+                index.create(connection, checkfirst=True)
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        names = [str(index.name) for index in marked]
+        is_valid: dict[str, bool] = dict(connection.execute(_INDEXES, {"names": names}).all())
+        for name, index in zip(names, marked, strict=True):
+            if is_valid.get(name):
+                continue
+            if name in is_valid:
+                _execute_concurrently(connection, DropIndex(index))
+            _execute_concurrently(connection, CreateIndex(index))
+
+
+def _execute_concurrently(connection: Connection, statement: CreateIndex | DropIndex) -> None:
+    sql = str(statement.compile(dialect=connection.dialect))
+    connection.execute(text(sql.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)))
+
+
+_INDEXES = text("""
+SELECT relname, indisvalid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+WHERE relname = ANY(:names) AND pg_table_is_visible(pg_class.oid)
+""")
 
 
 def _migrate(url: str, step: Callable[[Config], None]) -> None:

@@ -10,14 +10,38 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, CursorResult, Engine, func, insert, null, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    exists,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
 
 from config.names import Reason
 from db import dead_letters
 from db.rows import chunks
 from db.session import without_rows
-from db.tables import DEAD, DECIDED, IS_PENDING, DeadLetter, Decision, ErasedSubmission, Erasure, Submission
+from db.tables import (
+    DEAD,
+    DECIDED,
+    HOLDS_TEXT,
+    IS_DEAD,
+    IS_PENDING,
+    DeadLetter,
+    Decision,
+    ErasedSubmission,
+    Erasure,
+    Submission,
+)
 
 RETENTION = "retention"
 RETENTION_STEP = 2_000
@@ -77,7 +101,7 @@ def erase(connection: Connection, subject: Subject, *, by: str, reason: str | No
     ids = connection.scalars(wanted.with_for_update()).all()
     for some in chunks(ids):
         _erase_submissions(connection, Submission.submission_id.in_(some), now=now, **author)
-    letters = _count(connection, update(DeadLetter).where(*_of_dead_letters(subject)).values(payload=b"", **author))
+    letters = _erase_letters(connection, *_of_dead_letters(subject), **author)
     _record(
         connection,
         kind=subject.kind,
@@ -110,15 +134,17 @@ def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) 
             dead_letter_id=row.submission_id,
             queue=row.queue,
             reason=Reason.ERASED.value,
-            detail="its text was erased before it was decided; it was not scored",
+            detail=ERASED_DETAIL,
             payload=b"",
             payload_bytes=0,
             payload_sha256=None,
-            text_sha256=None,
+            text_sha256=row.text_sha256,
             community=row.community,
             comment_id=row.comment_id,
             author=None if subject.kind == "author" else row.author,
             received_at=now,
+            name=row.name,
+            submitted_at=row.submitted_at,
         )
         for row in rows
     ]
@@ -129,7 +155,7 @@ def _give_up_undecided(connection: Connection, subject: Subject, now: datetime) 
 def _of_submissions(subject: Subject) -> list[ColumnElement[bool]]:
     """The rows that hold something of the subject's."""
     if subject.kind == "comment":
-        found = [Submission.comment_id == subject.name, _HOLDS_TEXT]
+        found = [Submission.comment_id == subject.name, HOLDS_TEXT]
     else:
         found = [Submission.author == subject.name]
     return found if subject.community is None else [*found, Submission.community == subject.community]
@@ -137,20 +163,27 @@ def _of_submissions(subject: Subject) -> list[ColumnElement[bool]]:
 
 def _of_dead_letters(subject: Subject) -> list[ColumnElement[bool]]:
     if subject.kind == "comment":
-        found = [DeadLetter.comment_id == subject.name, _HOLDS_PAYLOAD]
+        found = [DeadLetter.comment_id == subject.name, _HOLDS_WORDS]
     else:
         found = [DeadLetter.author == subject.name]
     return found if subject.community is None else [*found, DeadLetter.community == subject.community]
 
 
-_HOLDS_TEXT = or_(Submission.text.is_not(None), Submission.context.is_not(None))
-_HOLDS_PAYLOAD = DeadLetter.payload != b""
+ERASED_DETAIL = "its text was erased"
+"""In the place of a letter's detail: those of older releases may quote the name of an unknown field, which may be a
+text that stands in the wrong place."""
+_HOLDS_WORDS = or_(DeadLetter.payload != b"", DeadLetter.detail != ERASED_DETAIL)
 
 
 def _erase_submissions(connection: Connection, *wanted: ColumnElement[bool], now: datetime, **more: Any) -> int:
     return _count(
         connection, update(Submission).where(*wanted).values(text=null(), context=null(), erased_at=now, **more)
     )
+
+
+def _erase_letters(connection: Connection, *wanted: ColumnElement[bool], **more: Any) -> int:
+    values = {"payload": b"", "detail": ERASED_DETAIL} | more
+    return _count(connection, update(DeadLetter).where(*wanted).values(values))
 
 
 def _count(connection: Connection, statement: Any) -> int:
@@ -190,12 +223,15 @@ def erase_expired(connection: Connection, *, keep_days: float, by: str, now: dat
     )
     decided = select(Decision.submission_id).where(*_between(Decision.decided_at, start, until))
     set_aside = select(DeadLetter.dead_letter_id).where(*_between(DeadLetter.received_at, start, until))
+    # Those without a letter: an older release left their texts when the letter was purged.
+    letter = exists().where(DeadLetter.dead_letter_id == Submission.submission_id)
+    old = IS_DEAD, Submission.text.is_not(None), Submission.submitted_at < end, ~letter
+    left = select(Submission.submission_id).where(*old).order_by(Submission.submitted_at).limit(RETENTION_STEP)
     submissions = 0
-    for state, ids in (DECIDED, decided), (DEAD, set_aside):
-        expired = Submission.submission_id.in_(ids), Submission.state == state, _HOLDS_TEXT
+    for state, ids in (DECIDED, decided), (DEAD, set_aside), (DEAD, left):
+        expired = Submission.submission_id.in_(ids), Submission.state == state, HOLDS_TEXT
         submissions += _erase_submissions(connection, *expired, now=now)
-    payloads = update(DeadLetter).where(*_between(DeadLetter.received_at, start, until), _HOLDS_PAYLOAD)
-    payloads_erased = _count(connection, payloads.values(payload=b""))
+    payloads_erased = _erase_letters(connection, *_between(DeadLetter.received_at, start, until), _HOLDS_WORDS)
     _record(
         connection,
         kind=RETENTION,

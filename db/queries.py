@@ -6,7 +6,7 @@ are consumed while the connection is open.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, ClassVar, Literal, TypedDict, Unpack
@@ -15,7 +15,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    case,
     exists,
     func,
     insert,
@@ -31,7 +30,8 @@ from sqlalchemy.orm import aliased
 from config.names import LABELS, REVIEW_LOCK
 from db.activations import NEWEST_POSITION, choose_return, hold_activations, require_unchanged, way_back
 from db.bulk import given_rows, in_json_list, json_parameter, sqlite_insert
-from db.rows import WithScores, chunks, every, first, insert_if_absent, insert_one, streamed
+from db.identity import Known, known, letters, standing, under_stored_ids, unread_places, with_letter
+from db.rows import WithScores, every, first, insert_if_absent, insert_one, streamed
 from db.session import DatabaseProblem
 from db.tables import (
     DEAD,
@@ -48,11 +48,6 @@ from db.tables import (
     Trial,
     VersionLoad,
 )
-
-SHA256_THAT_COUNTS = case(
-    ((Submission.state == DEAD) | Submission.erased_at.is_not(None), None), else_=Submission.text_sha256
-).label("sha256")
-"""Null where no other text makes a conflict: the submission has come to its end without one, or is forgotten."""
 
 
 class NoSuchDecision(DatabaseProblem):
@@ -111,6 +106,7 @@ class ScoredSubmission:
     queue_ms: float
     compute_ms: float
     decided_at: datetime
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,44 +115,58 @@ class Recorded:
 
     recorded: frozenset[int]
     repeated: frozenset[int]
-    """The submission has come to its end already, or is about to elsewhere; nothing was written."""
+    """The submission is decided already, or about to be elsewhere, or its dead letter is there; nothing was written."""
     conflicts: frozenset[int]
-    """The submission was decided, or is pending, with another text; nothing was written."""
+    """The submission's id belongs to another text, or to another community; nothing was written."""
 
 
 def record_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -> Recorded:
     """Write each submission not seen before, with its decision, and the decision of each that is pending.
 
-    Where an id occurs twice in `rows` the first counts. Safe while other workers record the same submissions: each is
-    decided by one of them. The policies that decided must have been stored (`db.policies.store`).
+    The same for each whose dead letter is gone: it was retried, or deleted. Of an id that occurs twice in `rows` the
+    first comes first. Safe while other workers record the same submissions: each is decided by one of them. The
+    policies that decided must have been stored (`db.policies.store`).
     """
-    first_index: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        first_index.setdefault(row.submission_id, index)
-    if not first_index:
-        return Recorded(frozenset(), frozenset(), frozenset())
+    recorded, repeated, conflicts = set[int](), set[int](), set[int]()
+    left = dict(enumerate(under_stored_ids(connection, rows)))
+    while left:
+        first: dict[str, int] = {}
+        for index, row in left.items():
+            first.setdefault(row.submission_id, index)
+        given = [left.pop(index) for index in first.values()]
+        decide = {"postgresql": _decide_on_postgresql, "sqlite": _decide_on_sqlite}[connection.dialect.name]
+        passed_over = frozenset(decide(connection, given))
+        there = known(connection, passed_over)
+        same = {row.submission_id: row for row in given if (of := there.get(row.submission_id)) and of.is_same(row)}
+        decided_after_all = _decide_dead(connection, [same[each] for each in same if there[each].state == DEAD])
+        for submission_id, index in first.items():
+            if submission_id not in passed_over or submission_id in decided_after_all:
+                recorded.add(index)
+            else:
+                (repeated if submission_id in same else conflicts).add(index)
+    return Recorded(frozenset(recorded), frozenset(repeated), frozenset(conflicts))
 
-    decide = {"postgresql": _decide_on_postgresql, "sqlite": _decide_on_sqlite}[connection.dialect.name]
-    passed_over = decide(connection, [rows[index] for index in first_index.values()])
-    recorded = frozenset(index for submission_id, index in first_index.items() if submission_id not in passed_over)
-    if len(recorded) == len(rows):
-        return Recorded(recorded, frozenset(), frozenset())
-    text_sha256 = {submission_id: rows[index].text_sha256 for submission_id, index in first_index.items()} | passed_over
-    conflicts = frozenset(
-        i for i, row in enumerate(rows) if text_sha256[row.submission_id] not in (None, row.text_sha256)
-    )
-    return Recorded(recorded, frozenset(range(len(rows))) - recorded - conflicts, conflicts)
+
+def _decide_dead(connection: Connection, rows: Sequence[ScoredSubmission]) -> set[str]:
+    """Write the decisions of those of these dead submissions whose letter is gone; their ids."""
+    if not rows:
+        return set()
+    # Whoever writes a letter locks the row as well, so none appears between this look and the decision.
+    there = known(connection, [row.submission_id for row in rows], lock=True)
+    dead = [row for row in there.values() if row.state == DEAD]
+    waiting = {row.submission_id for row in there.values() if row.state != DECIDED} - with_letter(connection, dead)
+    again = [row for row in rows if row.submission_id in waiting]
+    columns = {each.name for each in Submission.__table__.c if hasattr(ScoredSubmission, each.name)} - {"comment_id"}
+    for row in again:
+        values = {each: getattr(row, each) for each in columns} | {"erased_at": None}
+        connection.execute(update(Submission).where(Submission.submission_id == row.submission_id).values(values))
+    _insert_decisions(connection, again)
+    return waiting
 
 
-def _decide_on_postgresql(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str | None]:
-    """Write the rows that are new or pending; of each of the others, the hash of the text it had, if that counts."""
-    passed_over = connection.scalars(_POSTGRESQL_DECIDE, {"rows": json_parameter(rows)}).all()
-    text_sha256: dict[str, str | None] = {}
-    for ids in chunks(passed_over):
-        # A statement of its own: one that has waited for another worker does not see what that one committed.
-        stored = select(Submission.submission_id, SHA256_THAT_COUNTS).where(Submission.submission_id.in_(ids))
-        text_sha256 |= dict(connection.execute(stored).all())
-    return text_sha256
+def _decide_on_postgresql(connection: Connection, rows: Sequence[ScoredSubmission]) -> Sequence[str]:
+    """Write the rows that are new or pending; the ids of the others."""
+    return connection.scalars(_POSTGRESQL_DECIDE, {"rows": json_parameter(rows)}).all()
 
 
 def _postgresql_decide() -> Select[Any]:
@@ -177,11 +187,15 @@ def _postgresql_decide() -> Select[Any]:
     is_new = given.c.submission_id.in_(select(inserted.c.submission_id))
     # Only what could not be inserted is looked up, which usually is nothing. Its locks come after all inserts and in
     # the order of ids as well. Whoever has waited for one sees what the other made of it: no longer pending.
-    known = select(given.c.submission_id, given.c.text_sha256).where(~is_new).cte("known")
+    identity = [given.c[each] for each in ("community", "name", "text_sha256")]
+    there = select(given.c.submission_id, *identity).where(~is_new).cte("there")
     pending = (
         select(submission.submission_id)
-        .join(known, known.c.submission_id == submission.submission_id)
-        .where(submission.state == PENDING, submission.text_sha256 == known.c.text_sha256)
+        .join(there, there.c.submission_id == submission.submission_id)
+        .where(
+            submission.state == PENDING,
+            *(submission[each.name].is_not_distinct_from(there.c[each.name]) for each in identity),
+        )
         .order_by(submission.submission_id)
         .with_for_update(of=Submission)
         .cte("pending")
@@ -203,31 +217,32 @@ def _postgresql_decide() -> Select[Any]:
 _POSTGRESQL_DECIDE = _postgresql_decide()
 
 
-def _decide_on_sqlite(connection: Connection, rows: Sequence[ScoredSubmission]) -> dict[str, str | None]:
+def _decide_on_sqlite(connection: Connection, rows: Sequence[ScoredSubmission]) -> Sequence[str]:
     """The same. In a transaction that holds the only writer's lock, what is not there now is not there when written."""
     ids = json.dumps([row.submission_id for row in rows])
-    found = {row.submission_id: row for row in connection.execute(_SQLITE_FOUND, {"ids": ids})}
+    found = {row.submission_id: Known(**row) for row in connection.execute(_SQLITE_FOUND, {"ids": ids}).mappings()}
     new = [row for row in rows if row.submission_id not in found]
-    pending = [
-        row
-        for row in rows
-        if (known := found.get(row.submission_id)) and (known.state, known.text_sha256) == (PENDING, row.text_sha256)
-    ]
+    pending = [row for row in rows if (of := found.get(row.submission_id)) and of.state == PENDING and of.is_same(row)]
     if new:
         connection.exec_driver_sql(_SQLITE_INSERT_SUBMISSIONS[0], _SQLITE_INSERT_SUBMISSIONS[1](new))
     if pending:
         connection.execute(_SQLITE_NO_LONGER_PENDING, {"ids": json.dumps([row.submission_id for row in pending])})
-    if decided := [*new, *pending]:
-        connection.exec_driver_sql(_SQLITE_INSERT_DECISIONS[0], _SQLITE_INSERT_DECISIONS[1](decided))
-    for row in pending:
-        del found[row.submission_id]
-    return {submission_id: known.sha256 for submission_id, known in found.items()}
+    _insert_decisions(connection, [*new, *pending])
+    return list(found.keys() - {row.submission_id for row in pending})
+
+
+def _insert_decisions(connection: Connection, rows: Sequence[ScoredSubmission]) -> None:
+    if not rows:
+        return
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(_SQLITE_INSERT_DECISIONS[0], _SQLITE_INSERT_DECISIONS[1](rows))
+    else:
+        columns = [each.name for each in Decision.__table__.c if hasattr(ScoredSubmission, each.name)]
+        connection.execute(insert(Decision), [{each: getattr(row, each) for each in columns} for row in rows])
 
 
 _IN_JSON_IDS = in_json_list(Submission.__table__.c.submission_id)
-_SQLITE_FOUND = select(Submission.submission_id, Submission.state, Submission.text_sha256, SHA256_THAT_COUNTS).where(
-    _IN_JSON_IDS
-)
+_SQLITE_FOUND = select(*(Submission.__table__.c[field.name] for field in fields(Known))).where(_IN_JSON_IDS)
 _SQLITE_NO_LONGER_PENDING = update(Submission).where(_IN_JSON_IDS).values(state=DECIDED)
 _SQLITE_INSERT_SUBMISSIONS = sqlite_insert(ScoredSubmission, Submission)
 # Whoever writes has the only writer's lock, so decisions are committed in the order of their positions. A trigger moves
@@ -238,19 +253,25 @@ _NEXT_POSITION: ColumnElement[int] = literal_column(
 _SQLITE_INSERT_DECISIONS = sqlite_insert(ScoredSubmission, Decision, position=_NEXT_POSITION)
 
 
-def outcomes(connection: Connection, submission_ids: Collection[str]) -> dict[str, Literal["decided", "dead"]]:
-    """Which of these submissions have come to an end, and which; those still on their way are absent."""
-    found: dict[str, Literal["decided", "dead"]] = {}
-    for ids in chunks(submission_ids):
-        dead = select(DeadLetter.dead_letter_id).where(DeadLetter.dead_letter_id.in_(ids))
-        found |= dict.fromkeys(connection.scalars(dead), "dead")
-        # After the letters: one may stand under the id of a submission that was decided before it came again.
-        ended = Submission.submission_id.in_(ids), Submission.state != PENDING
-        for submission_id, state in connection.execute(
-            select(Submission.submission_id, Submission.state).where(*ended)
-        ):
-            found[submission_id] = "dead" if state == DEAD else "decided"
-    return found
+Ended = Literal["decided", "dead"]
+
+
+def outcomes(connection: Connection, submission_ids: Sequence[str]) -> list[Ended | None]:
+    """What each of these submissions has come to, in their order; None of those still on their way.
+
+    Of a `SubmissionId` it is what became of its text, of any other id what became of whatever stands under it.
+    """
+    rows = standing(connection, submission_ids)
+    ended: list[Ended | None] = [None if row is None else _ENDED.get(row.state) for row in rows]
+    unread = {index: unread_places(each) for index, each in enumerate(submission_ids) if rows[index] is None}
+    there = letters(connection, {place for places in unread.values() for place in places})
+    for index, places in unread.items():
+        if any(place in there and there[place][1] is None for place in places):
+            ended[index] = "dead"
+    return ended
+
+
+_ENDED: dict[str, Ended] = {DECIDED: "decided", DEAD: "dead"}
 
 
 # --- Results -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     literal,
+    or_,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -56,6 +57,9 @@ class Base(DeclarativeBase):
 PENDING, DECIDED, DEAD = "pending", "decided", "dead"
 """States of a submission, see there."""
 
+BESIDE_WORKERS = "built_beside_workers"
+"""Marks the index of a large table that no migration makes: `db.migrate` builds it while workers write to the table."""
+
 SUBMISSION_ID_CHARS = 255
 VERSION_CHARS = 100
 ENDPOINT_CHARS = 100
@@ -74,10 +78,19 @@ class Submission(Base):
             postgresql_where=text("state = 'pending'"),
             sqlite_where=text("state = 'pending'"),
         ),
+        # For retention: texts whose dead letter may be gone.
+        Index(
+            "ix_submissions_dead",
+            "submitted_at",
+            postgresql_where=text("state = 'dead' AND text IS NOT NULL"),
+            sqlite_where=text("state = 'dead' AND text IS NOT NULL"),
+            info={BESIDE_WORKERS: True},
+        ),
     )
 
     submission_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS), primary_key=True)
-    """The producer's idempotency key, or the message's task id and the comment's place in its list: `<id>:<n>`."""
+    """Made of the community and the name, see `config.identity`: in the community `default` usually the name itself.
+    Rows of older releases have the name alone, whatever their community."""
     community: Mapped[str] = mapped_column(String(MAX_ID_CHARS))
     """Selects the policy."""
     comment_id: Mapped[str] = mapped_column(String(SUBMISSION_ID_CHARS))
@@ -110,6 +123,8 @@ class Submission(Base):
 
 IS_PENDING = Submission.state == literal(PENDING, literal_execute=True)
 """Written out in the statement, so that SQLite sees that the index of pending submissions fits."""
+IS_DEAD = Submission.state == literal(DEAD, literal_execute=True)
+HOLDS_TEXT = or_(Submission.text.is_not(None), Submission.context.is_not(None))
 
 
 class Decision(Base):
@@ -126,6 +141,7 @@ class Decision(Base):
             # Without those that have none: all of what older releases left, which may be most of a large table.
             postgresql_where=text("position IS NOT NULL"),
             sqlite_where=text("position IS NOT NULL"),
+            info={BESIDE_WORKERS: True},
         ),
     )
 
@@ -138,7 +154,7 @@ class Decision(Base):
     identity_hate: Mapped[float]
     action: Mapped[str] = mapped_column(String(16))
     fired_label: Mapped[str | None] = mapped_column(String(16))
-    """The label whose rule led to the action; null where no rule did."""
+    """The label whose rule led to the action; null where none fired."""
     fired_threshold: Mapped[float | None]
     """The threshold that its score reached."""
     model_version: Mapped[str] = mapped_column(String(VERSION_CHARS))
@@ -147,9 +163,7 @@ class Decision(Base):
     """Overlapping pieces that the text was scored in: more than one where it is longer than the model reads. Each
     score is the highest of them."""
     truncated: Mapped[bool]
-    """Only the beginning of the text was scored: Unicode normalisation (NFKC) makes more than 32 KiB of it. The action
-    is then `review` or stricter; it is `review` by no rule where the scores of the beginning led to less. In rows of
-    releases without windows: the text's end was not scored, whatever the action."""
+    """The text's end was not scored. False since long texts are scored in windows; true in older rows only."""
     queue_ms: Mapped[float]
     """From `submitted_at` to the start of the first forward pass, milliseconds."""
     compute_ms: Mapped[float]

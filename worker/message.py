@@ -17,7 +17,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from config.comment import Comment, Name, explain, is_nested_deeper_than, shown
+from config.identity import refused_id, submission_id
 from config.names import (
+    DEFAULT_COMMUNITY,
     ENQUEUED_AT_HEADER,
     EXPIRES_HEADER,
     MAX_COMMENTS_PER_MESSAGE,
@@ -71,6 +73,8 @@ class Submitted:
 
     submission_id: str
     comment: Comment
+    name: str | None = None
+    """The idempotency key, or `<message id>:<n>`; None where that is the id itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Refused:
     """Of the comment, as the next two: None where it cannot be read, or does not say."""
     comment_id: str | None = None
     author: str | None = None
+    name: str | None = None
+    """Of a well-formed comment's submission, where that is not its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,25 +168,27 @@ def _parse_step_by_step(headers: Mapping[str, Any], body: bytes, now: datetime) 
         try:
             sound.append((index, _sound(raw)))
         except _Unsound as problem:
-            parsed.refused.append(_refuse_raw(f"{message_id}:{index}", problem.detail, raw, search))
+            parsed.refused.append(_refuse_raw(refused_id(f"{message_id}:{index}"), problem.detail, raw, search))
     return _submit(message_id, sound, parsed, now)
 
 
 def _submit(message_id: str, sound: Iterable[tuple[int, Comment]], parsed: Parsed, now: datetime) -> Parsed:
     """Add well-formed comments, each with its place in the message, to what was parsed."""
     for index, comment in sound:
-        submission_id = comment.idempotency_key or f"{message_id}:{index}"
+        name = comment.idempotency_key or f"{message_id}:{index}"
+        its_id = submission_id(comment.community, name)
+        one = Submitted(its_id, comment, None if name == its_id else name)
         if comment.expires_at is not None and comment.expires_at <= now:
             detail = f"expired at {comment.expires_at.isoformat()}, before a worker took it; it was not scored"
-            parsed.refused.append(refuse_comment(submission_id, comment, Reason.EXPIRED, detail))
+            parsed.refused.append(refuse_comment(one, Reason.EXPIRED, detail))
         else:
-            parsed.submitted.append(Submitted(submission_id, comment))
+            parsed.submitted.append(one)
     return parsed
 
 
 def refuse_all(parsed: Parsed, reason: Reason, detail: str) -> Parsed:
     """What was parsed with every sound comment refused as well, each under its submission's id."""
-    refused = [refuse_comment(one.submission_id, one.comment, reason, detail) for one in parsed.submitted]
+    refused = [refuse_comment(one, reason, detail) for one in parsed.submitted]
     return Parsed(refused=[*parsed.refused, *refused])
 
 
@@ -188,22 +196,25 @@ def refuse_unread(headers: Mapping[str, Any], body: bytes, reason: Reason, detai
     """The refusal of a message that came wrapped, as `worker.envelope.malformed_envelope` leaves it."""
     # The id is the hash of all of it; the body only its beginning, or nothing.
     sha256 = headers["id"]
-    return Parsed(refused=[Refused(sha256, reason, detail, body, headers[MALFORMED_BYTES_HEADER], sha256)])
+    size = headers[MALFORMED_BYTES_HEADER]
+    return Parsed(refused=[Refused(refused_id(sha256), reason, detail, body, size, sha256)])
 
 
 def refuse_unparsed(headers: Mapping[str, Any], body: bytes, detail: str) -> Parsed:
     """The refusal of a message that could not be parsed for no fault of its own: only its length and hash are kept."""
     sha256 = hashlib.sha256(body).hexdigest()
-    message_id = _message_id(headers.get("id"), body)
-    return Parsed(refused=[Refused(message_id, Reason.UNREADABLE_MESSAGE, detail, b"", len(body), sha256)])
+    letter_id = refused_id(_message_id(headers.get("id"), body))
+    return Parsed(refused=[Refused(letter_id, Reason.UNREADABLE_MESSAGE, detail, b"", len(body), sha256)])
 
 
-def refuse_comment(dead_letter_id: str, comment: Comment, reason: Reason, detail: str) -> Refused:
+def refuse_comment(one: Submitted, reason: Reason, detail: str) -> Refused:
     """A refusal of a comment that was well-formed; its payload is kept unless it must not be stored."""
+    comment = one.comment
     payload = comment.model_dump_json(exclude_defaults=True).encode()
     named = {"community": comment.community, "comment_id": comment.id, "author": comment.author}
+    named["name"] = one.name
     named["text_sha256"] = hashlib.sha256(comment.text.encode()).hexdigest()
-    return _refuse(dead_letter_id, reason, detail, payload, comment.store_text, **named)
+    return _refuse(one.submission_id, reason, detail, payload, comment.store_text, **named)
 
 
 def _refuse_raw(dead_letter_id: str, detail: str, raw: object, search: StoringSearch) -> Refused:
@@ -215,6 +226,8 @@ def _refuse_raw(dead_letter_id: str, detail: str, raw: object, search: StoringSe
     fields = raw if isinstance(raw, dict) else {}
     # By these an operator finds it, and whoever wants it erased.
     named = {column: _name(fields.get(name)) for column, name in NAMED.items()}
+    if isinstance(raw, dict) and "community" not in raw:
+        named["community"] = DEFAULT_COMMUNITY
     return _refuse(dead_letter_id, Reason.INVALID_COMMENT, detail, payload, not search.may_forbid(payload), **named)
 
 
@@ -234,7 +247,7 @@ def _refuse(
 
 def _refuse_whole(message_id: str, reason: Reason, detail: str, body: bytes) -> Refused:
     # Its comments cannot be told apart, so one that must not be stored forbids it for all.
-    return _refuse(message_id, reason, detail, body, not StoringSearch().may_forbid(body))
+    return _refuse(refused_id(message_id), reason, detail, body, not StoringSearch().may_forbid(body))
 
 
 def _message_id(task_id: object, body: bytes) -> str:
@@ -263,7 +276,7 @@ def single_messages(submitted: Iterable[Submitted], sent: Mapping[str, Any], que
     headers["task"] = MODERATE_TASK
     messages = []
     for one in submitted:
-        comment = one.comment.model_copy(update={"idempotency_key": one.submission_id})
+        comment = one.comment.model_copy(update={"idempotency_key": one.name or one.submission_id})
         body = b"[[[%s]], {}, {}]" % comment.model_dump_json(exclude_defaults=True).encode()
         messages.append(write_envelope(headers, body, queue))
     return messages

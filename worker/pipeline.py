@@ -26,6 +26,7 @@ import orjson
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
+from config.identity import refused_id
 from config.names import ANSWERED, INTERACTIVE_QUEUE, LABELS, Reason
 from config.policy import Policy
 from db import dead_letters, policies
@@ -325,8 +326,7 @@ class Pipeline:
 
         # Only the tokenizing may be repeated: a text that is added to the line twice would be decided twice.
         def encode(some: list[Job]) -> None:
-            texts = [job.readable.text for job in some]
-            encoded.extend(list(zip(some, some[0].scorer.encode_readable(texts), strict=True)))
+            encoded.extend(list(zip(some, some[0].scorer.encode([job.text for job in some]), strict=True)))
 
         divide_on_failure(jobs, encode, self._fail)
         with self._prepared:
@@ -435,7 +435,7 @@ class Pipeline:
             self._counters.set_aside += len(job.items)
         detail = f"version {scorer.version} could not score it ({_kind(error)}), though it scores others"
         for submitted, delivery in job.items:
-            refused = refuse_comment(submitted.submission_id, submitted.comment, Reason.SCORING_FAILED, detail)
+            refused = refuse_comment(submitted, Reason.SCORING_FAILED, detail)
             self.refuse([refused], delivery)
 
     def _pass_to_active(self, job: Job, error: Exception, trial: LiveTrial) -> None:
@@ -474,9 +474,7 @@ class Pipeline:
             trial_id=job.trial.trial_id,
             submission_id=item.submitted.submission_id,
             **scores,
-            action=policy.decide(
-                item.submitted.comment.community, job.scores.labels, truncated=job.readable.truncated
-            ).action.value,
+            action=policy.decide(item.submitted.comment.community, job.scores.labels).action.value,
             scored_at=now,
         )
 
@@ -494,8 +492,7 @@ class Pipeline:
         submitted, delivery = item
         comment = submitted.comment
         assert job.scores is not None and job.started_at is not None
-        truncated = job.readable.truncated
-        verdict = policy.decide(comment.community, job.scores.labels, truncated=truncated)
+        verdict = policy.decide(comment.community, job.scores.labels)
         return ScoredSubmission(
             submission_id=submitted.submission_id,
             community=comment.community,
@@ -514,11 +511,12 @@ class Pipeline:
             model_version=job.scorer.version,
             policy_version=policy.version,
             windows=job.scores.windows,
-            truncated=truncated,
+            truncated=False,
             # One that joined a text already on its way may have come after that one's forward pass began.
             queue_ms=max(0.0, (job.started_at - delivery.submitted_at).total_seconds() * 1000),
             compute_ms=job.compute_ms,
             decided_at=now,
+            name=submitted.name,
         )
 
     # --- record ---
@@ -604,11 +602,17 @@ class Pipeline:
         self._commit([row for row, _ in part], [item for _, item in part], [])
 
     def _refuse_row(self, refused_row: tuple[ScoredSubmission, Item], error: Exception) -> None:
-        row, item = refused_row
+        _, (submitted, delivery) = refused_row
         detail = f"the database refused its row ({_kind(error)})"
-        refused = refuse_comment(row.submission_id, item.submitted.comment, Reason.RECORDING_FAILED, detail)
-        # Without a row in submissions: the database may refuse that, too.
-        self._commit([], [], [replace(_letter(refused, item.delivery), text_sha256=None)])
+        letter = _letter(refuse_comment(submitted, Reason.RECORDING_FAILED, detail), delivery)
+        try:
+            self._commit([], [], [letter])
+        except Exception as also:
+            if is_outage(also):
+                raise
+            # It refuses the row of a dead submission, too. As of what cannot be read, there is only a letter then.
+            name = submitted.name or submitted.submission_id
+            self._commit([], [], [replace(letter, dead_letter_id=refused_id(name), name=None, text_sha256=None)])
 
     def _commit(
         self,
@@ -624,8 +628,8 @@ class Pipeline:
                 for policy in unstored:
                     policies.store(connection, policy.text, now=clock.now())
                 done = record_decisions(connection, rows)
-                letters = [*letters, *(_conflict(items[index]) for index in sorted(done.conflicts))]
-                dead_letters.record(connection, letters)
+                conflicts = [_conflict(items[index]) for index in sorted(done.conflicts)]
+                letters = dead_letters.record(connection, [*letters, *conflicts])
                 record_trial_scores(connection, trial_scores)
         finally:
             with self._outage_lock:
@@ -675,15 +679,11 @@ def _answer(row: ScoredSubmission) -> bytes:
 
 
 def _conflict(item: Item) -> DeadLetterRow:
-    submission_id, comment = item.submitted.submission_id, item.submitted.comment
-    text_sha256 = hashlib.sha256(comment.text.encode()).hexdigest()
     refused = refuse_comment(
-        # Not under the id alone, which is that of the submission that was decided.
-        f"{submission_id}#{text_sha256[:16]}",
-        comment,
+        item.submitted,
         Reason.IDEMPOTENCY_CONFLICT,
-        f"the idempotency key {submission_id!r} was used before with another text; "
-        "the first one's decision stands: use a new key for an edited comment",
+        f"the id {item.submitted.submission_id!r} belongs to another text, whose outcome stands: use a new idempotency "
+        "key for an edited comment",
     )
     return _letter(refused, item.delivery)
 
@@ -702,6 +702,8 @@ def _letter(refused: Refused, delivery: Delivery) -> DeadLetterRow:
         comment_id=refused.comment_id,
         author=refused.author,
         received_at=delivery.received_at,
+        name=refused.name,
+        submitted_at=delivery.submitted_at,
     )
 
 

@@ -217,7 +217,7 @@ def _comment(row: PendingSubmission) -> dict[str, Any]:
         "created_at": row.created_at and row.created_at.isoformat(),
         "expires_at": row.expires_at and row.expires_at.isoformat(),
         "context": row.context,
-        "idempotency_key": row.submission_id,
+        "idempotency_key": row.name or row.submission_id,
     }
     return {name: value for name, value in comment.items() if value is not None}
 

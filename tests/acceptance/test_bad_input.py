@@ -15,6 +15,7 @@ import pytest
 from celery import Celery
 
 from bench.mutate import mutated
+from config.identity import refused_id
 from config.names import MAX_TEXT_BYTES, MODERATE_QUEUE, MODERATE_TASK, Reason
 from tests.acceptance.system import System
 from worker.envelope import MAX_MESSAGE_BYTES
@@ -102,18 +103,18 @@ class Sender:
 
     def bad(self, what: str, reason: Reason, *args: object, task: str = MODERATE_TASK) -> None:
         """A Celery message to be refused whole."""
-        self.refused[self.task(*args, task=task)] = what, reason
+        self.refused[refused_id(self.task(*args, task=task))] = what, reason
 
     def bad_body(self, what: str, body: str) -> None:
         """A Celery message of which nothing can be read but its headers."""
         message = self.envelope(body, content_type="application/json", content_encoding="utf-8")
         self.push(message)
-        self.refused[json.loads(message)["headers"]["id"]] = what, Reason.UNREADABLE_MESSAGE
+        self.refused[refused_id(json.loads(message)["headers"]["id"])] = what, Reason.UNREADABLE_MESSAGE
 
     def bad_bytes(self, what: str, raw: bytes) -> None:
         """Bytes on the list that are no Celery message we read."""
         self.push(raw)
-        self.refused[_sha256(raw)] = what, Reason.UNREADABLE_MESSAGE
+        self.refused[refused_id(_sha256(raw))] = what, Reason.UNREADABLE_MESSAGE
 
     def bad_json(self, what: str, comment: str) -> None:
         """A comment that no serializer writes, between two good ones."""
@@ -122,7 +123,7 @@ class Sender:
         message = self.envelope(body, content_type="application/json", content_encoding="utf-8")
         self.push(message)
         message_id = json.loads(message)["headers"]["id"]
-        self.refused[f"{message_id}:1"] = what, Reason.INVALID_COMMENT
+        self.refused[refused_id(f"{message_id}:1")] = what, Reason.INVALID_COMMENT
         self.decided += [f"{message_id}:0", f"{message_id}:2"]
 
     def push(self, raw: bytes) -> None:
@@ -152,7 +153,7 @@ def send_bad_comments(sender: Sender) -> None:
     listed = [comment for bad in BAD_COMMENTS.values() for comment in (bad, {"text": f"{SECRET} is fine"})]
     message_id = sender.task(listed)
     for place, what in enumerate(BAD_COMMENTS):
-        sender.refused[f"{message_id}:{2 * place}"] = what, Reason.INVALID_COMMENT
+        sender.refused[refused_id(f"{message_id}:{2 * place}")] = what, Reason.INVALID_COMMENT
         sender.decided.append(f"{message_id}:{2 * place + 1}")
     for what, comment in BAD_COMMENTS_IN_JSON.items():
         sender.bad_json(what, comment)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
+from config.identity import refused_id
 from config.names import MODERATE_QUEUE, MODERATE_TASK, Reason
 from tests.acceptance.system import TIMEOUT_S, CeleryProcess, System
 from tests.services import wait_until
@@ -54,7 +55,7 @@ def test_a_comment_that_kills_its_workers_is_set_aside(system: System, texts: li
         assert {key: letter.reason for key, letter in letters.items()} == {
             f"{alone}:0": Reason.WORKER_DIED,
             f"{listed}:10": Reason.WORKER_DIED,
-            f"{listed}:11": Reason.INVALID_COMMENT,
+            refused_id(f"{listed}:11"): Reason.INVALID_COMMENT,
         }
         assert f"delivered {MAX_DELIVERIES} times" in letters[f"{listed}:10"].detail
         assert POISON.encode() in letters[f"{alone}:0"].payload

@@ -63,7 +63,8 @@ def scored(submission_id: str, text: str | None = None, **changes: Any) -> Score
 def pending(submission_id: str, text: str | None = None, **changes: Any) -> PendingSubmission:
     """The durable submission that `scored` decides."""
     decided = scored(submission_id, text)
-    same = ("submission_id", "community", "comment_id", "author", "text_sha256", "language", "context", "created_at")
+    same = ("submission_id", "community", "comment_id", "author", "text_sha256", "language", "context", "created_at",
+            "name")  # fmt: skip
     row = PendingSubmission(
         **{name: getattr(decided, name) for name in same},
         text=decided.text or "",
@@ -92,6 +93,13 @@ def letter(dead_letter_id: str, **changes: Any) -> DeadLetterRow:
         received_at=NOON,
     )
     return replace(row, **changes)
+
+
+def set_aside(submission_id: str, text: str | None = None, **changes: Any) -> DeadLetterRow:
+    """The dead letter of the submission that `scored` decides."""
+    row = scored(submission_id, text)
+    same = {name: getattr(row, name) for name in ("community", "comment_id", "text_sha256", "submitted_at")}
+    return letter(submission_id, **{"reason": "expired"} | same | changes)
 
 
 def prepare(connection: Connection, *versions: str) -> None:

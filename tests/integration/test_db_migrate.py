@@ -4,17 +4,19 @@ import subprocess
 import sys
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, make_url, text
 
 from config.settings import ROOT
-from db.migrate import MIGRATIONS, SchemaMismatch, downgrade, require_current, upgrade
+from db.migrate import MIGRATIONS, SchemaMismatch, _migrate, downgrade, require_current, upgrade
 from db.queries import add_review, record_decisions
 from db.session import open_database, reading, writing
 from db.tables import CURRENT_ACTIONS, Base
 from tests.integration.rows import minutes, prepare, scored
+from tests.services import wait_until
 
 
 def test_upgrading_an_empty_database_equals_the_tables(engine: Engine) -> None:
@@ -84,15 +86,56 @@ def test_upgrading_again_keeps_what_is_there(engine: Engine, database_url: str) 
 
 def test_processes_that_upgrade_at_once_all_succeed(empty_database_url: str) -> None:
     # Given several processes started together on an empty database
-    command = [sys.executable, "-c", "import sys; from db.migrate import upgrade; upgrade(sys.argv[1])"]
+    program = [sys.executable, "-c", "import sys; from db.migrate import upgrade; upgrade(sys.argv[1])"]
     processes = [
-        subprocess.Popen([*command, empty_database_url], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)
+        subprocess.Popen([*program, empty_database_url], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
     # Then each finds the schema made, by itself or by another
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0, 0], said
     engine = open_database(empty_database_url)
     require_current(engine)
+    engine.dispose()
+
+
+def test_an_interrupted_upgrade_is_repeated_while_workers_write(empty_postgres_url: str) -> None:
+    # Given filled tables of an older release, and somebody who reads for long
+    _migrate(empty_postgres_url, lambda config: command.upgrade(config, "0003"))
+    engine = open_database(empty_postgres_url)
+    columns = "submission_id, community, comment_id, text_sha256, submitted_at, state"
+    insert = f"INSERT INTO submissions ({columns}) SELECT n::text, 'default', 'c', '0', now(), 'dead' FROM "
+    with writing(engine) as connection:
+        connection.execute(text(f"{insert} generate_series(1, 5000) AS n"))
+    long_reader = engine.connect().execution_options(isolation_level="REPEATABLE READ")
+    long_reader.execute(text("SELECT 1 FROM pg_class LIMIT 1"))
+    program = [sys.executable, "-c", "import sys; from db.migrate import upgrade; upgrade(sys.argv[1])"]
+    upgrading = subprocess.Popen([*program, empty_postgres_url], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def invalid() -> list[str]:
+        with reading(engine) as connection:
+            unready = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"
+            return list(connection.scalars(text(unready)))
+
+    try:
+        # When the upgrade builds an index, then others write all the while
+        wait_until(invalid, what="an index being built")
+        with writing(engine) as connection:
+            connection.execute(text("SET lock_timeout = '5s'"))
+            connection.execute(text(f"{insert} generate_series(5001, 5001) AS n"))
+        assert upgrading.poll() is None
+        # And where it ends in the middle, the next one builds it anew
+        with reading(engine) as connection:
+            connection.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_progress_create_index"))
+        assert upgrading.wait(60) != 0
+        assert invalid()
+    finally:
+        upgrading.kill()
+        upgrading.wait()
+        long_reader.close()
+    upgrade(empty_postgres_url)
+    assert not invalid()
+    with reading(engine) as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
     engine.dispose()
 
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine, select, text, update
 
+from config.identity import id_of_text, refused_id
 from db import dead_letters, queries
 from db.durable import (
     PendingSubmission,
@@ -23,7 +24,7 @@ from db.durable import (
 from db.queries import Recorded, record_decisions
 from db.session import open_database, reading, writing
 from db.tables import Submission
-from tests.integration.rows import NOON, letter, minutes, pending, prepare, scored
+from tests.integration.rows import NOON, letter, minutes, pending, prepare, scored, set_aside
 from tests.services import wait_until
 
 
@@ -88,12 +89,13 @@ class TestSubmitting:
         submit(database, pending("waits"), pending("dead"), pending("erased"))
         decide(database, scored("decided"), scored("erased"))
         with writing(database) as connection:
-            dead_letters.record(connection, [letter("dead")])
+            dead_letters.record(connection, [set_aside("dead")])
             connection.execute(update(Submission).where(Submission.submission_id == "erased").values(erased_at=NOON))
         # When each of their ids comes with another text, and a new one with two
-        again = [pending(known, text="another") for known in ("waits", "decided", "dead", "erased", "new")]
-        # Then those are named of which it is known that the text is another
-        assert sorted(submit(database, *again, pending("new"))) == ["decided", "new", "waits"]
+        taken = ["dead", "decided", "erased", "new", "waits"]
+        again = [pending(known, text="another") for known in taken]
+        # Then all are named: an erased text leaves its hash
+        assert sorted(submit(database, *again, pending("new"))) == taken
 
 
 class TestDeciding:
@@ -101,7 +103,7 @@ class TestDeciding:
         # Given pending submissions, some of which became dead letters or were erased meanwhile
         submit(database, *map(pending, ("1", "2", "dead", "erased")))
         with writing(database) as connection:
-            dead_letters.record(connection, [letter("dead")])
+            dead_letters.record(connection, [set_aside("dead")])
         decide(database, scored("erased"))
         with writing(database) as connection:
             connection.execute(update(Submission).where(Submission.submission_id == "erased").values(erased_at=NOON))
@@ -112,9 +114,10 @@ class TestDeciding:
             scored("new"),
             scored("dead", text="another"),
             scored("erased", text="another"),
+            scored("dead"),
         ]
         # Then each becomes what it is, by its place, and nobody's text or way is changed
-        assert outcome(decide(database, *rows)) == ([0, 2], [3, 4], [1])
+        assert outcome(decide(database, *rows)) == ([0, 2], [5], [1, 3, 4])
         assert states(database) == {
             "1": "decided",
             "2": "pending",
@@ -124,7 +127,7 @@ class TestDeciding:
         }
         assert decided_ids(database) == ["1", "erased", "new"]
         # And a second time there is nothing more to decide
-        assert outcome(decide(database, *rows)) == ([], [0, 2, 3, 4], [1])
+        assert outcome(decide(database, *rows)) == ([], [0, 2, 5], [1, 3, 4])
         assert decided_ids(database) == ["1", "erased", "new"]
 
     def test_workers_recording_the_same_pending_submissions_decide_each_once(
@@ -184,17 +187,21 @@ class TestDeciding:
         # Given pending submissions, one of them decided
         submit(database, *map(pending, ("decided", "dead", "waits")))
         decide(database, scored("decided"))
-        # When dead letters are recorded under their ids, and a conflict's under an id of its own
+        # When letters are recorded of them, of another text under the same id, and of what could not be read
+        other = set_aside("waits", "another")
+        beside = id_of_text("waits", other.text_sha256 or "")
         with writing(database) as connection:
-            dead_letters.record(connection, [letter("dead"), letter("decided"), letter("waits#0f"), letter("other")])
-        # Then the one that waited is dead, and stays it
-        assert states(database) == {"decided": "decided", "dead": "dead", "waits": "pending"}
+            given = [set_aside("dead"), set_aside("decided"), other, letter(refused_id("other"))]
+            stand = {each.dead_letter_id for each in dead_letters.record(connection, given)}
+        # Then the one that waited is dead, and stays it; the other text's letter is beside the one that waits still
+        assert stand == {"dead", beside, refused_id("other")}
+        assert states(database) == {"decided": "decided", "dead": "dead", "waits": "pending", beside: "dead"}
         assert outcome(decide(database, scored("dead"))) == ([], [0], [])
         # And each is what it is to those who wait, also where the letter was thrown away
         for _ in range(2):
             with writing(database) as connection:
                 found = queries.outcomes(connection, ["decided", "dead", "waits"])
-                assert found == {"decided": "decided", "dead": "dead"}
+                assert found == ["decided", "dead", None]
                 connection.execute(text("DELETE FROM dead_letters"))
         assert decided_ids(database) == ["decided"]
 

@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 
 from bench.tiny import HOLDOUT, copy_version
+from config.identity import id_of_text, refused_id
 from config.names import INTERACTIVE_QUEUE, LABELS
 from config.policy import parse_policy
 from config.settings import ROOT
@@ -116,7 +117,7 @@ class TestDeciding:
         moderator.finish()
         # Then the first one's row has all of it
         found = results(engine)
-        row = found["k"]
+        row = found["news/k"]
         assert (row.comment_id, row.community, row.author, row.language) == ("7", "news", "me", "en")
         assert row.created_at == datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
         assert row.context == {"thread": [1, None]}
@@ -149,7 +150,7 @@ class TestDeciding:
         # Then both are acknowledged, with a row or a letter for each comment
         assert set(results(engine)) == {"mixed:1"}
         assert {key: letter.reason for key, letter in letters(engine).items()} == dict.fromkeys(
-            ["mixed:0", "mixed:2", "bad:0"], "invalid_comment"
+            map(refused_id, ["mixed:0", "mixed:2", "bad:0"]), "invalid_comment"
         )
 
     def test_a_line_of_the_log_for_each_refusal_and_each_forward_pass(
@@ -163,7 +164,7 @@ class TestDeciding:
         lines = [vars(record) for record in caplog.records if record.name == "worker.pipeline"]
         # Then they name what they are about in fields of their own, and never the text
         [refusal] = [line for line in lines if "submission_id" in line]
-        assert (refusal["submission_id"], refusal["reason"]) == ("m:1", "invalid_comment")
+        assert (refusal["submission_id"], refusal["reason"]) == (refused_id("m:1"), "invalid_comment")
         [batch] = [line for line in lines if "batch_id" in line]
         assert (batch["batch_id"], batch["version"], batch["texts"]) == (1, scorer.version, 1)
         assert MARKER not in caplog.text
@@ -202,8 +203,7 @@ class TestIdempotency:
         # And the second one's producer hears of it, under an id that is not the first one's
         (letter,) = letters(engine).values()
         assert letter.reason == "idempotency_conflict"
-        assert letter.dead_letter_id.startswith("k#")
-        assert "the idempotency key 'k' was used before with another text" in letter.detail
+        assert letter.dead_letter_id == id_of_text("k", letter.text_sha256 or "")
         assert b"edited" in letter.payload
         # And each is counted once, for what became of it
         counted = moderator.pipeline.counters()
@@ -309,51 +309,6 @@ class TestLongTexts:
         moderator.finish()
         passes_ms = moderator.pipeline.counters().score.sum_s * 1000 - before_ms
         assert results(engine)["alone:0"].compute_ms == pytest.approx(passes_ms)
-
-    def test_a_text_of_which_only_the_beginning_is_read_is_reviewed_at_least(
-        self, scorer: Scorer, engine: Engine
-    ) -> None:
-        # Given two texts that normalisation makes too long, alike as far as they are read, and an ordinary one
-        cut = "\ufdfa" * 6_800
-        mild = wrapped(scorer, after=lambda token_ids, scores: scores.fill(0.0))
-        moderator = Moderator(mild, engine)
-        moderator.start()
-        moderator.deliver("m", {"text": cut}, {"text": f"{cut}!"}, *comments(1))
-        moderator.finish()
-        # When their scores, known by now, come again
-        moderator.deliver("again", {"text": cut})
-        moderator.finish()
-        # Then nobody is allowed on the beginning alone, by no rule that would not have fired
-        found = results(engine)
-        for submission_id in ("m:0", "m:1", "again:0"):
-            row = found[submission_id]
-            assert (row.truncated, row.action, row.fired_label, row.fired_threshold) == (True, "review", None, None)
-            assert row.windows == len(scorer.encode([cut])[0]) > 1
-        assert (found["m:2"].truncated, found["m:2"].action) == (False, "allow")
-        # And each has the hash of its own text, and none the other's scores by mistake
-        assert found["m:0"].text_sha256 != found["m:1"].text_sha256
-        assert moderator.pipeline.stats()["cache_hits"] == 1
-
-    def test_texts_are_normalised_once_and_hold_up_no_lane(
-        self, scorer: Scorer, engine: Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        normalised: list[str] = []
-
-        def normalise(text: str) -> str:
-            normalised.append(text)
-            return text
-
-        for module in ("worker.job", "model.text"):
-            monkeypatch.setattr(f"{module}.normalise", normalise)
-        moderator = Moderator(scorer, engine)
-        moderator.start()
-        # When comments come while the lanes' lock is held
-        with moderator.pipeline._lock:
-            moderator.deliver("m", *comments(20))
-            wait_until(lambda: len(normalised) == 20, what="texts read without the lock")
-        moderator.finish()
-        # Then nothing was normalised again
-        assert normalised == [comment["text"] for comment in comments(20)]
 
     def test_one_window_that_cannot_be_scored_sets_the_whole_text_aside_once(
         self, scorer: Scorer, engine: Engine
@@ -488,11 +443,11 @@ class TestTrouble:
         assert set(results(engine)) == ids("m", 11) - {"m:5"}
         found = letters(engine)
         assert {key: letter.reason for key, letter in found.items()} == {
-            "m:5": "recording_failed",
-            "m:11": "invalid_comment",
+            refused_id("m:5"): "recording_failed",
+            refused_id("m:11"): "invalid_comment",
         }
-        assert "the database refused its row (IntegrityError" in found["m:5"].detail
-        assert MARKER not in found["m:5"].detail
+        assert "the database refused its row (IntegrityError" in found[refused_id("m:5")].detail
+        assert MARKER not in found[refused_id("m:5")].detail
         counted = moderator.pipeline.counters()
         assert (counted.decisions.total(), sum(counted.queue.counts)) == (10, 10)
         assert dict(counted.dead_letters) == {"recording_failed": 1, "invalid_comment": 1}
@@ -719,7 +674,7 @@ class TestOutage:
         # When it is back, everything is recorded
         moderator.finish()
         assert set(results(database)) == ids("before", 3) | ids("during", 40) | ids("later", 20)
-        assert set(letters(database)) == {"during:40"}
+        assert set(letters(database)) == {refused_id("during:40")}
         # And the log says once that it was away and once that it is back
         assert not moderator.pipeline.database_is_away
         assert caplog.text.count("the database cannot be written to (") == 1
@@ -770,10 +725,10 @@ class FailingEncoder(TextEncoder):
     def __init__(self, scorer: Scorer) -> None:
         self._encoder = scorer.text_encoder
 
-    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
         if POISON in texts:
             raise ValueError(f"cannot split {POISON}")
-        return self._encoder.encode_readable(texts)
+        return self._encoder.encode(texts)
 
 
 def counting_scorer(scorer: Scorer) -> tuple[Scorer, list[Sequence[int]]]:
@@ -786,8 +741,8 @@ class LosingEncoder(TextEncoder):
     def __init__(self, scorer: Scorer) -> None:
         self._encoder = scorer.text_encoder
 
-    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
-        return self._encoder.encode_readable([text for text in texts if text != POISON])
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
+        return self._encoder.encode([text for text in texts if text != POISON])
 
 
 class CountingEncoder(TextEncoder):
@@ -795,8 +750,8 @@ class CountingEncoder(TextEncoder):
         self._encoder = scorer.text_encoder
         self.texts = 0
 
-    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
-        encoded = self._encoder.encode_readable(texts)
+    def encode(self, texts: Sequence[str]) -> list[Windows]:
+        encoded = self._encoder.encode(texts)
         self.texts += len(texts)
         return encoded
 

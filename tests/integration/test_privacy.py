@@ -135,7 +135,7 @@ def test_decisions_stay_and_the_author_goes_only_with_the_author(engine: Engine,
         }
         # And a message that comes again finds the decision, and writes nothing
     with writing(engine) as connection:
-        again = record_decisions(connection, [scored("a", f"{MARKER} by ann")])
+        again = record_decisions(connection, [scored("a", f"{MARKER} by ann", community="news")])
         assert again.repeated == {0}
     assert "a" not in holding_text(engine)
 
@@ -207,7 +207,8 @@ def days(number: float) -> datetime:
 
 
 def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Given texts decided one a day, a batch of more than a step at one time, and dead letters, two of them durable
+    # Given texts decided one a day, a batch of more than a step at one time, and dead letters, two of them durable, and
+    # a text whose letter somebody purged
     monkeypatch.setattr(privacy, "RETENTION_STEP", 3)
     with writing(engine) as connection:
         prepare(connection, "v1")
@@ -216,6 +217,7 @@ def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.Monke
         record_decisions(connection, [*daily, *batch])
         dead_letters.record(connection, [letter(f"dead {n}", received_at=days(n)) for n in range(10)])
         unscored = [pending("dead 1", state="dead"), pending("dead 9", state="dead"), pending("waits")]
+        unscored.append(pending("purged", state="dead", submitted_at=days(1)))
         connection.execute(insert(Submission), unscored)
 
     def erase_at(day: float) -> list[tuple[int, int]]:
@@ -230,7 +232,7 @@ def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.Monke
 
     # When what is older than four days is erased, then it is in steps, none much larger than it may be
     steps = erase_at(8)
-    assert sum(count for count, _ in steps) == 4 + 7 + 1
+    assert sum(count for count, _ in steps) == 4 + 7 + 2
     assert sum(count for _, count in steps) == 4
     assert max(count for count, _ in steps) <= 3 + 7
     # And what is younger is there, and what waits for its decision
@@ -244,6 +246,9 @@ def test_old_texts_are_erased_in_steps(engine: Engine, monkeypatch: pytest.Monke
     with reading(engine) as connection:
         rows = connection.execute(select(Erasure).order_by(Erasure.erasure_id)).all()
         untouched = connection.scalars(select(Submission.submission_id).where(Submission.erased_at.is_(None))).all()
+        # What an older release says of a letter may quote its text
+        details = connection.execute(select(DeadLetter.detail, DeadLetter.received_at < days(6))).all()
+    assert {(detail != "text is empty", is_old) for detail, is_old in details} == {(True, True), (False, False)}
     assert {(row.kind, row.subject, row.erased_by) for row in rows} == {("retention", "4", "w1")}
     assert [row.until for row in rows] == sorted({row.until for row in rows})
     assert rows[-1].until == days(5.5)

@@ -238,7 +238,7 @@ class TestMistakes:
         )
 
     def test_an_explanation_of_nothing(self) -> None:
-        assert complaint("explain").startswith("moderato: give either a submission's id or --comment")
+        assert complaint("explain").startswith("moderato: give either a submission's id or --comment-id")
         assert complaint("explain", "x", "--text").endswith("of a text that is scored again: add --rerun")
 
     def test_a_label_that_is_not_said_of(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from celery.worker import state as worker_state
 
+from config.identity import refused_id
 from config.names import ANSWER_TO_HEADER, BULK_QUEUE, MODERATE_TASK, SUBMITTED_AT_HEADER, Reason
 from worker import intake, transport
 from worker.envelope import MALFORMED_BYTES_HEADER, malformed_envelope, write_envelope
@@ -79,7 +80,7 @@ def test_a_message_that_may_kill_who_reads_it_is_not_read() -> None:
     unread = SimpleNamespace(headers=wrapped["headers"], body=wrapped["body"], returns=UNREAD_RETURNS)
     [refused] = _parse(unread, NOW).refused
     assert (refused.reason, refused.payload, refused.payload_bytes) == (Reason.WORKER_DIED, b"raw", 3)
-    assert refused.dead_letter_id == refused.payload_sha256
+    assert refused.dead_letter_id == refused_id(refused.payload_sha256)
     assert "10 times" in refused.detail
 
 
@@ -123,7 +124,7 @@ def test_a_message_that_nobody_can_parse_is_refused(
     parsed, singles = _read(unread, NOW)
     [refused] = parsed.refused
     assert (refused.dead_letter_id, refused.reason, parsed.submitted, singles) == (
-        "m1",
+        refused_id("m1"),
         Reason.UNREADABLE_MESSAGE,
         [],
         [],
@@ -146,7 +147,7 @@ def test_only_the_message_that_is_named_is_revoked(other: object) -> None:
         assert not parsed.submitted
         assert {one.dead_letter_id: (one.reason, one.author) for one in parsed.refused} == {
             "m1:0": (Reason.REVOKED, "ann"),
-            "m1:1": (Reason.INVALID_COMMENT, None),
+            refused_id("m1:1"): (Reason.INVALID_COMMENT, None),
             "m1:2": (Reason.REVOKED, None),
         }
         assert len(_parse(message(*comments, id=other), NOW).submitted) == 2

@@ -1,6 +1,7 @@
 """What a message may hold, and what is said of everything else."""
 
 import base64
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from bench.mutate import change_value, mutated, real_messages
 from config.comment import MAX_CONTEXT_NESTING, Comment
+from config.identity import refused_id, refused_name
 from config.names import MAX_COMMENTS_PER_MESSAGE, MAX_TEXT_BYTES, MODERATE_TASK, Reason
 from worker.envelope import (
     MALFORMED_BYTES_HEADER,
@@ -85,8 +87,8 @@ def test_every_field_comes_through() -> None:
         "v": 1,
     }
     (submitted,) = parse(whole).submitted
-    # Then the key is the submission's id, and the rest is as it was sent
-    assert submitted.submission_id == "mine"
+    # Then the key names the submission in its community, and the rest is as it was sent
+    assert (submitted.submission_id, submitted.name) == ("news/mine", "mine")
     assert submitted.comment.id == "7"
     assert submitted.comment.created_at == datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
     as_sent = {name: whole[name] for name in whole if name not in ("id", "created_at", "expires_at")}
@@ -214,7 +216,7 @@ def test_a_bad_comment_is_refused_and_its_neighbours_are_not(comment: str, said:
     assert [(one.submission_id, one.comment.text) for one in parsed.submitted] == [("m:0", "first"), ("m:2", "last")]
     # And the producer hears what is wrong with the other
     (refused,) = parsed.refused
-    assert (refused.dead_letter_id, refused.reason) == ("m:1", Reason.INVALID_COMMENT)
+    assert (refused.dead_letter_id, refused.reason) == (refused_id("m:1"), Reason.INVALID_COMMENT)
     assert said in refused.detail
     # And what it sent is kept, as far as it is long, and is as wrong as it was
     assert 0 < len(refused.payload) <= MAX_PAYLOAD_BYTES
@@ -335,7 +337,7 @@ def test_what_is_no_celery_message_is_refused_with_its_beginning() -> None:
     assert refused.reason is Reason.UNREADABLE_MESSAGE
     assert refused.detail == "not a Celery message: the message is not JSON"
     assert (refused.payload, refused.payload_bytes) == (b"hello", 5)
-    assert len(refused.dead_letter_id) == 64
+    assert refused.dead_letter_id == refused_id(hashlib.sha256(b"hello").hexdigest())
 
 
 # --- Whatever a producer writes ---
@@ -373,7 +375,7 @@ def any_comment(texts: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
 def test_each_comment_is_submitted_or_refused_once(comments: list[Any]) -> None:
     parsed = parse(*comments)
     seen = [one.submission_id for one in parsed.submitted] + [one.dead_letter_id for one in parsed.refused]
-    assert sorted(seen) == [f"m:{index}" for index in range(len(comments))]
+    assert sorted(map(refused_name, seen)) == [f"m:{index}" for index in range(len(comments))]
 
 
 @given(st.lists(any_comment(ANY_TEXT), min_size=1, max_size=5))
@@ -436,7 +438,7 @@ def test_no_detail_quotes_what_stands_in_the_place_of_a_name(headers: dict[str, 
 @given(st.lists(any_comment(ANY_TEXT), min_size=1, max_size=5))
 def test_whatever_is_submitted_can_be_set_aside_later(comments: list[Any]) -> None:
     for one in parse(*comments).submitted:
-        refused = refuse_comment(one.submission_id, one.comment, Reason.SCORING_FAILED, "because")
+        refused = refuse_comment(one, Reason.SCORING_FAILED, "because")
         # As the producer sent it, without what it left out
         assert not one.comment.store_text or Comment.model_validate_json(refused.payload) == one.comment
 

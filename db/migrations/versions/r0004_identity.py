@@ -42,6 +42,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_index("ix_submissions_dead", "submissions", if_exists=True)
     _replace_view("d.decided_at DESC, s.submission_id DESC")
     for table, columns in NEW_COLUMNS.items():
         for name in columns:
