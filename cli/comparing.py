@@ -112,13 +112,15 @@ def _changes(scorers: "Sequence[Scorer]", comments: "Sequence[Result]", most: in
     import numpy as np
 
     from model.comparison import compare_decisions
+    from model.text import is_truncated
 
     policy = deciding_policy()
     # The same text has the same scores, and comes often.
     place = {text: index for index, text in enumerate(dict.fromkeys(row.text for row in comments))}
     rows = np.array([place[row.text] for row in comments])
     before, after = (score_texts(scorer, [text or "" for text in place])[rows] for scorer in scorers)
-    return compare_decisions([row.community for row in comments], before, after, policy, most=most)
+    communities, truncated = [row.community for row in comments], [is_truncated(row.text or "") for row in comments]
+    return compare_decisions(communities, before, after, policy, truncated=truncated, most=most)
 
 
 def _as_json(changes: "DecisionChanges", comments: "Sequence[Result]") -> dict[str, Any]:

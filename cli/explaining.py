@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cli.comment_ids import CommentCommunity, CommentId, community_of
 from cli.terminal import ACTION_STYLES, Problem, out, print_json, print_line, printable, say, shorten, shown
-from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES
+from config.names import DEFAULT_COMMUNITY, LABELS, MAX_TEXT_BYTES, Action
 
 if TYPE_CHECKING:
     from config.policy import Policy, Rules
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SAME = 1e-5
 """How far a score may move with the batch it is in: the rounding of sums taken in another order."""
+CUT = "the text is too long once it is normalised: only its beginning was scored, so a person must see the rest"
 NAME_CHARS = 14
 """Of a line: the name of what it says, and a space."""
 
@@ -158,6 +159,7 @@ def _rerun(
 ) -> dict[str, Any]:
     from config.settings import settings
     from model.engine import load_scorer
+    from model.text import is_truncated
     from model.version import VersionError, version_directory
 
     decision, worker = explained["decision"], settings().worker
@@ -190,7 +192,10 @@ def _rerun(
     nearest = min(tried, key=lambda each: each["largest_difference"])
     action = None
     if policy is not None:
-        action = policy.decide(explained["community"], list(nearest["scores"].values())).action.value
+        # By what is read of the text now: a release that read more of it may have decided.
+        action = policy.decide(
+            explained["community"], list(nearest["scores"].values()), truncated=is_truncated(text)
+        ).action.value
     return nearest | {"action": action} | _verdict(nearest["largest_difference"], action, decision["action"])
 
 
@@ -301,7 +306,7 @@ def _line(name: str, value: str) -> Text:
 def _because(decision: Mapping[str, Any]) -> str:
     rule = decision["rule"]
     if rule is None:
-        return "no rule fired"
+        return CUT if decision["truncated"] and decision["action"] == Action.REVIEW else "no rule fired"
     return f"{rule['label']} {rule['score']:.4f} is at or above {rule['threshold']:g}, which leads to {rule['action']}"
 
 

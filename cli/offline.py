@@ -149,11 +149,14 @@ def _judged(
     rows: Sequence[Row], column: str, scorer: "Scorer", policy: "Policy", community: str
 ) -> Iterator[dict[str, str | float | None]]:
     """The scores and the action of each row's text."""
+    from model.text import is_truncated
+
     texts = [row.values.get(column) or "" for row in rows]
     scores = iter(scorer.score_texts([text for text in texts if text.strip()]).tolist())
     for text in texts:
         if text.strip():
             of_row = next(scores)
-            yield {**dict(zip(LABELS, of_row, strict=True)), "action": policy.decide(community, of_row).action.value}
+            action = policy.decide(community, of_row, truncated=is_truncated(text)).action.value
+            yield {**dict(zip(LABELS, of_row, strict=True)), "action": action}
         else:
             yield dict.fromkeys(ADDED_COLUMNS)

@@ -33,7 +33,7 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is done with a comment, and the rule that says so; no rule where nothing fired."""
+    """What is done with a comment, and the rule that says so; no rule where none led to the action."""
 
     action: Action
     label: str | None
@@ -59,7 +59,7 @@ class Policy:
         """Every label's; those of "default" where the policy does not know the community."""
         return self._communities.get(community, self._communities[DEFAULT_COMMUNITY])
 
-    def decide(self, community: str, scores: Sequence[float]) -> Verdict:
+    def decide(self, community: str, scores: Sequence[float], *, truncated: bool = False) -> Verdict:
         """The strictest action that any label's rules reach.
 
         Where two labels reach it, the one with the higher score is named.
@@ -67,6 +67,8 @@ class Policy:
         Args:
             community: one that the policy does not know is judged as "default".
             scores: six probabilities in the order of `LABELS`.
+            truncated: whether they are those of the text's beginning only. A person must look at the rest: where no
+                rule leads to `review` or a stricter action, the comment is reviewed, and by no rule.
         """
         rules = self.rules(community)
         fired = [
@@ -75,9 +77,12 @@ class Policy:
             for threshold, action in rules[label]
             if score >= threshold
         ]
-        if not fired:
+        strictest = max(fired, default=None)
+        if truncated and (strictest is None or strictest[0] < STRICTNESS[Action.REVIEW]):
+            return Verdict(Action.REVIEW, None, None)
+        if strictest is None:
             return Verdict(Action.ALLOW, None, None)
-        _, _, label, threshold, action = max(fired)
+        _, _, label, threshold, action = strictest
         return Verdict(action, label, threshold)
 
 

@@ -188,7 +188,7 @@ def scored(
     connection: Connection, *, since: datetime | None = None, community: str | None = None
 ) -> Iterator[Sequence[Row[Any]]]:
     """Stream what was decided, the newest first, in chunks of rows: submission_id, community, action, fired_label,
-    fired_threshold, policy_version, and the six scores in the order of `config.names.LABELS`.
+    fired_threshold, policy_version, truncated, and the six scores in the order of `config.names.LABELS`.
 
     Plain tuples, as there may be millions: one object for each would take longer than the database.
     """
@@ -201,6 +201,7 @@ def scored(
             Decision.fired_label,
             Decision.fired_threshold,
             Decision.policy_version,
+            Decision.truncated,
             *(columns[label] for label in LABELS),
         )
         .join_from(Decision, Submission)

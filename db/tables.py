@@ -154,7 +154,7 @@ class Decision(Base):
     identity_hate: Mapped[float]
     action: Mapped[str] = mapped_column(String(16))
     fired_label: Mapped[str | None] = mapped_column(String(16))
-    """The label whose rule led to the action; null where none fired."""
+    """The label whose rule led to the action; null where no rule did."""
     fired_threshold: Mapped[float | None]
     """The threshold that its score reached."""
     model_version: Mapped[str] = mapped_column(String(VERSION_CHARS))
@@ -163,7 +163,9 @@ class Decision(Base):
     """Overlapping pieces that the text was scored in: more than one where it is longer than the model reads. Each
     score is the highest of them."""
     truncated: Mapped[bool]
-    """The text's end was not scored. False since long texts are scored in windows; true in older rows only."""
+    """Only the beginning of the text was scored: Unicode normalisation (NFKC) makes more than 32 KiB of it. The action
+    is then `review` or stricter; it is `review` by no rule where the scores of the beginning led to less. In rows of
+    releases without windows: the text's end was not scored, whatever the action."""
     queue_ms: Mapped[float]
     """From `submitted_at` to the start of the first forward pass, milliseconds."""
     compute_ms: Mapped[float]

@@ -63,19 +63,27 @@ class DecisionChanges:
 
 
 def compare_decisions(
-    communities: Sequence[str], before: Scores, after: Scores, policy: Policy, *, most: int
+    communities: Sequence[str],
+    before: Scores,
+    after: Scores,
+    policy: Policy,
+    *,
+    truncated: Sequence[bool],
+    most: int,
 ) -> DecisionChanges:
     """Let a policy decide both versions' scores, (comments, 6), of the same comments.
 
     Args:
         communities: of each comment.
+        truncated: whether only the beginning of each was read.
         most: comments in `most_changed`.
     """
     apart = abs(after - before)
 
     def decide(scores: Scores) -> list[Action]:
         return [
-            policy.decide(community, row).action for community, row in zip(communities, scores.tolist(), strict=True)
+            policy.decide(community, row, truncated=cut).action
+            for community, cut, row in zip(communities, truncated, scores.tolist(), strict=True)
         ]
 
     old, new = decide(before), decide(after)

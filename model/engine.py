@@ -62,6 +62,9 @@ class Scorer:
     def encode(self, texts: Sequence[str]) -> list[Windows]:
         return self.text_encoder.encode(texts)
 
+    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
+        return self.text_encoder.encode_readable(texts)
+
     def score_texts(self, texts: Sequence[str]) -> Scores:
         """Scores of any number of texts, in their order; of a long text's windows each label's highest."""
         encoded = self.encode(texts)

@@ -91,16 +91,17 @@ class Replay:
 
     def add(self, rows: Sequence[Sequence[Any]]) -> None:
         """Take in decisions as `db.policies.scored` streams them."""
-        _, communities, actions, _, _, policy_versions, *scores = zip(*rows, strict=True)
+        _, communities, actions, _, _, policy_versions, truncated, *scores = zip(*rows, strict=True)
         self.decided_by.update(policy_versions)
         community = np.array([self._number(name) for name in communities])
         by_label = np.array(scores, dtype=np.float64)
         before = np.array([RANK[action] for action in actions])
-        after = np.zeros(len(rows), dtype=np.int64)
+        # As `Policy.decide` has it: a text of which only the beginning was read is never allowed on that alone.
+        after = np.where(truncated, STRICTNESS[Action.REVIEW], 0)
         rules = np.array(self._rules_of)[community]
         for number in np.unique(rules):
             of_these = rules == number
-            after[of_these] = _strictest(self._rules[number], by_label[:, of_these])
+            after[of_these] = np.maximum(after[of_these], _strictest(self._rules[number], by_label[:, of_these]))
         pairs = before * len(ACTIONS) + after
         for code, count in zip(*np.unique(community * PAIRS + pairs, return_counts=True), strict=True):
             self._counts[int(code)] += int(count)
@@ -130,8 +131,9 @@ class Replay:
         return dict(sorted(matrices.items(), key=lambda each: -changed(each[1])))
 
     def _example(self, row: Sequence[Any]) -> Example:
-        submission_id, community, action, label, threshold, _, *scores = row
-        was, would_be = Verdict(Action(action), label, threshold), self._policy.decide(community, scores)
+        submission_id, community, action, label, threshold, _, truncated, *scores = row
+        was = Verdict(Action(action), label, threshold)
+        would_be = self._policy.decide(community, scores, truncated=truncated)
         return Example(submission_id, community, was, would_be, dict(zip(LABELS, scores, strict=True)))
 
     def _number(self, community: str) -> int:

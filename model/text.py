@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -22,6 +23,14 @@ Windows = list[list[int]]
 """A text as token ids with the encoder's special tokens: one list, or several overlapping ones where it is long."""
 
 
+MAX_READ_BYTES = 32_768
+"""Of a text as `normalise` returns it; what comes after is not read.
+
+NFKC may make eleven bytes of one, so 20 KB of such signs would cost five times as much as the longest ordinary text. A
+text grows with its language, too, and none may be cut for that: 20,480 bytes of Thai that is full of ำ grow by a fifth,
+and of Arabic that has ﷺ in every line by half. A token stands for a byte or more, so this bounds tokens and windows as
+well: 344 windows where a version reads 256 tokens at once. 20 KB of English have 42.
+"""
 MAX_MARKS = 30
 """Combining marks in a row, as Unicode's Stream-Safe Text Format has it; no language needs as many."""
 _COMBINING_GRAPHEME_JOINER = "\u034f"
@@ -36,6 +45,28 @@ def normalise(text: str) -> str:
     https://unicode.org/reports/tr15/ (13, Stream-Safe Text Format)
     """
     return text if text.isascii() else unicodedata.normalize("NFKC", _CROWDED.sub(_stream_safe, text))
+
+
+class Readable(NamedTuple):
+    """What versions read of a text."""
+
+    text: str
+    """Normalised, at most MAX_READ_BYTES of UTF-8."""
+    truncated: bool
+    """Whether it had more, which nobody reads."""
+
+
+def readable(normalised: str) -> Readable:
+    """What is read of a text that `normalise` returned."""
+    encoded = normalised.encode()
+    if len(encoded) <= MAX_READ_BYTES:
+        return Readable(normalised, False)
+    return Readable(encoded[:MAX_READ_BYTES].decode(errors="ignore"), True)
+
+
+def is_truncated(text: str) -> bool:
+    """Whether versions read only the beginning of a text."""
+    return readable(normalise(text)).truncated
 
 
 def _stream_safe(crowd: re.Match[str]) -> str:
@@ -74,16 +105,20 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[Windows]:
         """The windows of each text, each of at most the version's `max_length` tokens; uses every core."""
+        return self.encode_readable([readable(normalise(text)).text for text in texts])
+
+    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
+        """The same of texts that `readable` returned."""
         return list(map(self._windows, self._token_ids(texts)))
 
     def locate(self, text: str) -> tuple[str, list[tuple[int, int]]]:
         """Where the windows of a text are.
 
         Returns:
-            The text as the version reads it, disguises undone; and of each window that `encode` makes of it, where its
-            first character is there, and where the one after its last.
+            The text as the version reads it, disguises undone and without what is not read; and of each window that
+            `encode` makes of it, where its first character is there, and where the one after its last.
         """
-        read = self._read(text)
+        read = self._undisguised(readable(normalise(text)).text)
         spans = self._tokenizer.encode(read).offsets
         if len(spans) <= self._max_length:
             return read, [(0, len(read))]
@@ -94,13 +129,13 @@ class TextEncoder:
     def encode_beginnings(self, texts: Sequence[str]) -> list[list[int]]:
         """The first `max_length` tokens of each text, special tokens included: what a version is trained on."""
         kept = self._max_length - len(self._after)
-        return [ids if len(ids) <= self._max_length else [*ids[:kept], *self._after] for ids in self._token_ids(texts)]
+        return [
+            ids if len(ids) <= self._max_length else [*ids[:kept], *self._after]
+            for ids in self._token_ids([readable(normalise(text)).text for text in texts])
+        ]
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(map(self._read, texts)))]
-
-    def _read(self, text: str) -> str:
-        return self._undisguised(normalise(text))
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(map(self._undisguised, texts)))]
 
     def _windows(self, ids: list[int]) -> Windows:
         if len(ids) <= self._max_length:

@@ -1,11 +1,13 @@
 """What travels through the pipeline: a message's delivery, its comments, and the texts to be scored for them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
 from model.engine import Scorer
+from model.text import normalise, readable
 from worker import clock
 from worker.message import Submitted
 from worker.trial import LiveTrial
@@ -55,15 +57,28 @@ class Job:
     A long text's windows may be scored at the same time, so it is changed under the pipeline's lock only.
     """
 
-    __slots__ = ("_windows_left", "compute_ms", "failed", "items", "key", "scorer", "scores", "started_at", "trial")
+    __slots__ = (
+        "_windows_left",
+        "compute_ms",
+        "failed",
+        "items",
+        "key",
+        "readable",
+        "scorer",
+        "scores",
+        "started_at",
+        "trial",
+    )
 
     def __init__(self, item: Item, scorer: Scorer, trial: LiveTrial | None = None) -> None:
         self.scorer = scorer
         self.trial = trial
         """Whose candidate is to score it; none of what the active version scores."""
         self.items = [item]
-        self.key = ("", b"")
-        """Set by `worker.reuse`."""
+        normalised = normalise(item.submitted.comment.text)
+        self.key = (scorer.version, hashlib.sha256(normalised.encode()).digest())
+        """Jobs with the same key have the same scores. Of the whole text, also where only its beginning is read."""
+        self.readable = readable(normalised)
         self.scores: TextScores | None = None
         self.failed = False
         self.started_at: datetime | None = None
@@ -76,10 +91,6 @@ class Job:
     def is_shadow(self) -> bool:
         """Whether its comments are decided by another job, whatever becomes of this one."""
         return self.trial is not None and self.trial.is_shadow
-
-    @property
-    def text(self) -> str:
-        return self.items[0].submitted.comment.text
 
     def expect(self, windows: int) -> None:
         """It is complete when so many windows have been added."""

@@ -326,7 +326,8 @@ class Pipeline:
 
         # Only the tokenizing may be repeated: a text that is added to the line twice would be decided twice.
         def encode(some: list[Job]) -> None:
-            encoded.extend(list(zip(some, some[0].scorer.encode([job.text for job in some]), strict=True)))
+            texts = [job.readable.text for job in some]
+            encoded.extend(list(zip(some, some[0].scorer.encode_readable(texts), strict=True)))
 
         divide_on_failure(jobs, encode, self._fail)
         with self._prepared:
@@ -474,7 +475,9 @@ class Pipeline:
             trial_id=job.trial.trial_id,
             submission_id=item.submitted.submission_id,
             **scores,
-            action=policy.decide(item.submitted.comment.community, job.scores.labels).action.value,
+            action=policy.decide(
+                item.submitted.comment.community, job.scores.labels, truncated=job.readable.truncated
+            ).action.value,
             scored_at=now,
         )
 
@@ -492,7 +495,8 @@ class Pipeline:
         submitted, delivery = item
         comment = submitted.comment
         assert job.scores is not None and job.started_at is not None
-        verdict = policy.decide(comment.community, job.scores.labels)
+        truncated = job.readable.truncated
+        verdict = policy.decide(comment.community, job.scores.labels, truncated=truncated)
         return ScoredSubmission(
             submission_id=submitted.submission_id,
             community=comment.community,
@@ -511,7 +515,7 @@ class Pipeline:
             model_version=job.scorer.version,
             policy_version=policy.version,
             windows=job.scores.windows,
-            truncated=False,
+            truncated=truncated,
             # One that joined a text already on its way may have come after that one's forward pass began.
             queue_ms=max(0.0, (job.started_at - delivery.submitted_at).total_seconds() * 1000),
             compute_ms=job.compute_ms,

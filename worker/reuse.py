@@ -1,10 +1,8 @@
 """The same text is scored once: while it is on its way, others join it; afterwards its scores are kept for a while."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from model.text import normalise
 from worker.job import Job, TextScores
 
 
@@ -28,7 +26,6 @@ class Reuse:
             if not self._max_texts:
                 new.append(job)
                 continue
-            job.key = (job.scorer.version, hashlib.sha256(normalise(job.text).encode()).digest())
             if scores := self._recent.get(job.key):
                 self._recent.move_to_end(job.key)
                 self.recalled += len(job.items)

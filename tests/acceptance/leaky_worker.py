@@ -7,7 +7,7 @@ from worker.celery import app
 
 __all__ = ["app"]
 
-_encode = Scorer.encode
+_encode = Scorer.encode_readable
 
 
 def _encode_or_quote(self: Scorer, texts: Sequence[str]) -> object:
@@ -17,4 +17,4 @@ def _encode_or_quote(self: Scorer, texts: Sequence[str]) -> object:
     return _encode(self, texts)
 
 
-Scorer.encode = _encode_or_quote  # type: ignore[assignment, method-assign]
+Scorer.encode_readable = _encode_or_quote  # type: ignore[assignment, method-assign]

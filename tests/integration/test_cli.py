@@ -614,7 +614,8 @@ class TestOffline:
     ) -> None:
         # Given a CSV with columns of its own, a text over two lines, an empty one, and more rows than one chunk
         source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-        texts = ["You are right.", 'two\nlines, "quoted"', "", *(f"comment {n}" for n in range(600))]
+        cut = "\ufdfa" * 6_800  # of which only the beginning is read
+        texts = ["You are right.", 'two\nlines, "quoted"', "", cut, *(f"comment {n}" for n in range(600))]
         with source.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("no", "body"), *((f"00{n}", text) for n, text in enumerate(texts))])
         # When it is scored
@@ -628,6 +629,7 @@ class TestOffline:
         expected = load_scorer(versions_dir / VERSION).score_texts(texts[:1])[0].tolist()
         assert [float(rows[0][label]) for label in LABELS] == pytest.approx(expected, abs=2e-5)
         assert rows[0]["action"] != ""
+        assert rows[3]["action"] not in ("allow", "label")
         assert [rows[2][column] for column in (*LABELS, "action")] == [""] * 7
         # And nothing else was left behind
         assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["in.csv", "out.csv"]

@@ -169,7 +169,14 @@ def test_the_same_version_says_the_same_again(sqlite_url: str, tiny_version: Pat
     text = "The water was cold and it was nice. " * 20 + "You stupid fool. " + "The weather is fine. " * 20
     scorer = load_scorer(directory, device="cpu", engine="onnx", threads=1)
     scores: dict[str, Any] = dict(zip(LABELS, scorer.score_texts([text])[0].tolist(), strict=True))
-    decide(sqlite_url, scored("1", text, **scores), scored("odd", text, **scores | {"toxic": 0.999}))
+    cut = "\ufdfa" * 6_800  # of which only the beginning is read
+    of_cut: dict[str, Any] = dict(zip(LABELS, scorer.score_texts([cut])[0].tolist(), strict=True))
+    decide(
+        sqlite_url,
+        scored("1", text, **scores),
+        scored("odd", text, **scores | {"toxic": 0.999}),
+        scored("cut", cut, **of_cut, truncated=True, action="review"),
+    )
     environment = {
         "MODERATO_BROKER_URL": "redis://127.0.0.1:1/0",
         "MODERATO_DATABASE_URL": sqlite_url,
@@ -193,6 +200,8 @@ def test_the_same_version_says_the_same_again(sqlite_url: str, tiny_version: Pat
     # And where people look, the windows that scored highest are there in full
     shown = run_here(environment, "explain", "1", "--rerun", "--text").stdout
     assert all(window["text"].strip() in shown for window in windows if window["highest"])
+    # And what is not read of a text is in no window
+    assert explain("cut", status=0)["windows"][-1]["end"] < 18 * len(cut)
     # And a row that says something else is told apart
     assert explain("odd", status=1)["verdict"] == "other"
     # And without the version's files, or the text, nothing can be scored

@@ -310,6 +310,51 @@ class TestLongTexts:
         passes_ms = moderator.pipeline.counters().score.sum_s * 1000 - before_ms
         assert results(engine)["alone:0"].compute_ms == pytest.approx(passes_ms)
 
+    def test_a_text_of_which_only_the_beginning_is_read_is_reviewed_at_least(
+        self, scorer: Scorer, engine: Engine
+    ) -> None:
+        # Given two texts that normalisation makes too long, alike as far as they are read, and an ordinary one
+        cut = "\ufdfa" * 6_800
+        mild = wrapped(scorer, after=lambda token_ids, scores: scores.fill(0.0))
+        moderator = Moderator(mild, engine)
+        moderator.start()
+        moderator.deliver("m", {"text": cut}, {"text": f"{cut}!"}, *comments(1))
+        moderator.finish()
+        # When their scores, known by now, come again
+        moderator.deliver("again", {"text": cut})
+        moderator.finish()
+        # Then nobody is allowed on the beginning alone, by no rule that would not have fired
+        found = results(engine)
+        for submission_id in ("m:0", "m:1", "again:0"):
+            row = found[submission_id]
+            assert (row.truncated, row.action, row.fired_label, row.fired_threshold) == (True, "review", None, None)
+            assert row.windows == len(scorer.encode([cut])[0]) > 1
+        assert (found["m:2"].truncated, found["m:2"].action) == (False, "allow")
+        # And each has the hash of its own text, and none the other's scores by mistake
+        assert found["m:0"].text_sha256 != found["m:1"].text_sha256
+        assert moderator.pipeline.stats()["cache_hits"] == 1
+
+    def test_texts_are_normalised_once_and_hold_up_no_lane(
+        self, scorer: Scorer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        normalised: list[str] = []
+
+        def normalise(text: str) -> str:
+            normalised.append(text)
+            return text
+
+        for module in ("worker.job", "model.text"):
+            monkeypatch.setattr(f"{module}.normalise", normalise)
+        moderator = Moderator(scorer, engine)
+        moderator.start()
+        # When comments come while the lanes' lock is held
+        with moderator.pipeline._lock:
+            moderator.deliver("m", *comments(20))
+            wait_until(lambda: len(normalised) == 20, what="texts read without the lock")
+        moderator.finish()
+        # Then nothing was normalised again
+        assert normalised == [comment["text"] for comment in comments(20)]
+
     def test_one_window_that_cannot_be_scored_sets_the_whole_text_aside_once(
         self, scorer: Scorer, engine: Engine
     ) -> None:
@@ -725,10 +770,10 @@ class FailingEncoder(TextEncoder):
     def __init__(self, scorer: Scorer) -> None:
         self._encoder = scorer.text_encoder
 
-    def encode(self, texts: Sequence[str]) -> list[Windows]:
+    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
         if POISON in texts:
             raise ValueError(f"cannot split {POISON}")
-        return self._encoder.encode(texts)
+        return self._encoder.encode_readable(texts)
 
 
 def counting_scorer(scorer: Scorer) -> tuple[Scorer, list[Sequence[int]]]:
@@ -741,8 +786,8 @@ class LosingEncoder(TextEncoder):
     def __init__(self, scorer: Scorer) -> None:
         self._encoder = scorer.text_encoder
 
-    def encode(self, texts: Sequence[str]) -> list[Windows]:
-        return self._encoder.encode([text for text in texts if text != POISON])
+    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
+        return self._encoder.encode_readable([text for text in texts if text != POISON])
 
 
 class CountingEncoder(TextEncoder):
@@ -750,8 +795,8 @@ class CountingEncoder(TextEncoder):
         self._encoder = scorer.text_encoder
         self.texts = 0
 
-    def encode(self, texts: Sequence[str]) -> list[Windows]:
-        encoded = self._encoder.encode(texts)
+    def encode_readable(self, texts: Sequence[str]) -> list[Windows]:
+        encoded = self._encoder.encode_readable(texts)
         self.texts += len(texts)
         return encoded
 

@@ -122,7 +122,7 @@ def test_stored_scores_are_streamed_newest_first(engine: Engine, monkeypatch: py
         found = [tuple(row) for chunk in chunks for row in chunk]
         assert [row[0] for row in found[:8]] == [f"s{number}" for number in range(8, 0, -1)]
         other_scores = tuple(getattr(rows[8], label) for label in LABELS[1:])
-        assert found[0] == ("s8", "default", "allow", None, None, POLICY_VERSION, 0.8, *other_scores)
+        assert found[0] == ("s8", "default", "allow", None, None, POLICY_VERSION, False, 0.8, *other_scores)
         assert ("hidden", "default", "hide", "toxic", 0.05) in [row[:5] for row in found]
         assert policies.count_scored(connection) == len(found) == 10
         # And fewer where fewer are asked for

@@ -81,6 +81,16 @@ def test_a_rule_fires_at_its_threshold() -> None:
     assert policy.decide("default", [0.499, 1, 1, 1, 1, 1]) == Verdict(Action.ALLOW, None, None)
 
 
+@given(POLICIES, COMMUNITIES, SCORES)
+def test_a_text_whose_end_was_not_read_is_reviewed_at_least(
+    policy: dict[str, Any], community: str, scores: list[float]
+) -> None:
+    parsed = parse_policy(yaml.safe_dump({"communities": policy}))
+    whole, cut = parsed.decide(community, scores), parsed.decide(community, scores, truncated=True)
+    mild = whole.action in (Action.ALLOW, Action.LABEL)
+    assert cut == (Verdict(Action.REVIEW, None, None) if mild else whole)
+
+
 def test_a_label_with_no_rules_of_its_own_is_not_the_same_as_a_label_left_out() -> None:
     # Given a community that says nothing of `toxic`, and that `insult` has no consequences
     policy = parse_policy("communities: {default: {toxic: {hide: 0.5}, insult: {hide: 0.5}}, news: {insult: {}}}")

@@ -1,13 +1,14 @@
 """Whatever a stranger writes within the contract costs time in proportion to its length: no comment stops a worker."""
 
 import time
+import unicodedata
 from collections.abc import Callable
 
 import pytest
 
 from config.comment import checked_text
 from config.names import MAX_TEXT_BYTES
-from model.text import TextEncoder
+from model.text import MAX_READ_BYTES, TextEncoder, is_truncated, window_starts
 from model.version import STARTER_DIRECTORY
 from trainer.slices import mentions, slices
 from worker.message import _Repetitive
@@ -35,6 +36,21 @@ HOSTILE = {
     "one sign that becomes a word": ("", "\u3300", ""),
 }
 """What the text begins with, what is repeated, what it ends with."""
+
+ORDINARY = (
+    "The water was cold and it was nice. ",
+    "น้ำทำให้คนจำคำที่ทำตามคำแนะนำ",  # each ำ becomes two letters
+    "ນ້ຳ ຄຳ ທຳ ການເຮັດວຽກ ",
+    "পড়াশোনায় মন দেয় না ",
+    "फ़िल्म ज़मीन लड़का पढ़ना बड़ा ",
+    "قال رسول الله ﷺ إنما الأعمال بالنيات وإنما لكل امرئ ما نوى ",  # ﷺ becomes 18 letters
+    "한국어 댓글입니다 ",
+    "今天天气很好，我们去公园玩吧。",
+    "これはとても長い文章です…",
+    "¡No puedo más! ½ kg de café, 5 €… ",
+    "😂😂👍🏽 ",
+)
+"""Of languages that normalisation makes longer, and of those with many tokens."""
 
 encoder = TextEncoder(STARTER_DIRECTORY, 256)
 
@@ -71,6 +87,23 @@ def test_reading_a_hostile_text_takes_linear_time(kind: str) -> None:
         lambda text: (slices([text]), mentions([text])),
     ):
         assert grows_linearly(work, short, long)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_tokens_and_windows_of_one_text_are_bounded(kind: str) -> None:
+    text = hostile(kind, MAX_TEXT_BYTES)
+    [windows] = encoder.encode([text])
+    most = len(window_starts(MAX_READ_BYTES, 126))
+    assert len(windows) <= most
+    assert max(map(len, windows)) <= 256
+    # And what is left out is told
+    assert is_truncated(text) is (len(unicodedata.normalize("NFKC", text).encode()) > MAX_READ_BYTES)
+
+
+@pytest.mark.parametrize("sentence", ORDINARY)
+def test_no_ordinary_text_of_the_longest_is_cut(sentence: str) -> None:
+    text = sentence * (MAX_TEXT_BYTES // len(sentence.encode()))
+    assert not is_truncated(text)
 
 
 def test_finding_a_name_that_stands_twice_takes_linear_time() -> None:

@@ -29,7 +29,8 @@ def test_two_versions_side_by_side() -> None:
     # Given four comments, the last in a stricter community
     before, after = toxic(0.1, 0.6, 0.6, 0.4), toxic(0.2, 0.6, 0.95, 0.5)
     after[1, 4] = 0.3
-    found = compare_decisions(["default", "default", "elsewhere", "strict"], before, after, POLICY, most=3)
+    communities = ["default", "default", "elsewhere", "strict"]
+    found = compare_decisions(communities, before, after, POLICY, truncated=[False] * 4, most=3)
     # Then the actions of both are counted against each other
     assert (found.compared, found.changed) == (4, 2)
     assert found.actions == {
@@ -59,9 +60,9 @@ def test_two_versions_side_by_side() -> None:
 @given(any_scores)
 def test_every_comment_is_counted_once_and_the_other_way_round_alike(scores: tuple[Scores, Scores]) -> None:
     before, after = scores
-    communities = ["default"] * len(before)
-    found = compare_decisions(communities, before, after, POLICY, most=100)
-    back = compare_decisions(communities, after, before, POLICY, most=100)
+    communities, truncated = ["default"] * len(before), [False] * len(before)
+    found = compare_decisions(communities, before, after, POLICY, truncated=truncated, most=100)
+    back = compare_decisions(communities, after, before, POLICY, truncated=truncated, most=100)
     assert sum(sum(row.values()) for row in found.actions.values()) == found.compared == len(before)
     assert back.growth == [Growth(each.action, each.after, each.before) for each in found.growth]
     assert back.changed == found.changed <= len(found.most_changed)
@@ -71,5 +72,8 @@ def test_every_comment_is_counted_once_and_the_other_way_round_alike(scores: tup
 
 
 def test_a_version_beside_itself_changes_nothing() -> None:
-    found = compare_decisions(["default"], toxic(0.7), toxic(0.7), POLICY, most=5)
+    found = compare_decisions(["default"], toxic(0.7), toxic(0.7), POLICY, truncated=[False], most=5)
     assert (found.changed, found.most_changed) == (0, [])
+    # And of which only the beginning was read, that is reviewed at least
+    [cut] = compare_decisions(["default"], toxic(0.1), toxic(0.99), POLICY, truncated=[True], most=1).most_changed
+    assert (cut.before, cut.after) == (Action.REVIEW, Action.HIDE)

@@ -21,10 +21,11 @@ OLD = parse_policy("communities: {default: {toxic: {hide: 0.5}}, news: {toxic: {
 def _rows(draw: st.DrawFn) -> Rows:
     """Decisions as the database gives them."""
     actions = st.sampled_from(list(Action))
-    decided = draw(st.lists(st.tuples(COMMUNITIES, actions, st.sampled_from(["p1", "p2"]), SCORES), max_size=40))
+    row = st.tuples(COMMUNITIES, actions, st.sampled_from(["p1", "p2"]), st.booleans(), SCORES)
+    decided = draw(st.lists(row, max_size=40))
     return [
-        (f"s{n}", community, action.value, None, None, version, *scores)
-        for n, (community, action, version, scores) in enumerate(decided)
+        (f"s{n}", community, action.value, None, None, version, truncated, *scores)
+        for n, (community, action, version, truncated, scores) in enumerate(decided)
     ]
 
 
@@ -34,11 +35,15 @@ def test_a_replay_counts_what_the_policy_says_of_each(
 ) -> None:
     # Given any policy, and decisions that come in chunks
     parsed = parse_policy(yaml.safe_dump({"communities": policy}))
+
+    def verdict(row: tuple[Any, ...]) -> Verdict:
+        return parsed.decide(row[1], row[7:], truncated=row[6])
+
     found = Replay(parsed, most)
     for start in range(0, len(rows), chunk):
         found.add(rows[start : start + chunk])
     # Then each is counted as the policy would have decided it, by community
-    expected = Counter((row[1], Action(row[2]), parsed.decide(row[1], row[6:]).action) for row in rows)
+    expected = Counter((row[1], Action(row[2]), verdict(row).action) for row in rows)
     counted = {
         (community, before, after): count
         for community, matrix in found.by_community.items()
@@ -53,14 +58,14 @@ def test_a_replay_counts_what_the_policy_says_of_each(
     assert shares == sorted(shares, reverse=True)
     # And of each change the first ones are kept, with the policy's verdict
     for (before, after), kept in found.examples.items():
-        wanted = [row for row in rows if row[2] == before and parsed.decide(row[1], row[6:]).action == after]
+        wanted = [row for row in rows if row[2] == before and verdict(row).action == after]
         assert [each.submission_id for each in kept] == [row[0] for row in wanted[:most]]
-        assert [each.after for each in kept] == [parsed.decide(row[1], row[6:]) for row in wanted[:most]]
+        assert [each.after for each in kept] == [verdict(row) for row in wanted[:most]]
 
 
 def test_an_example_names_both_rules_and_the_scores() -> None:
     found = Replay(OLD, 1)
-    found.add([("a", "kids", "hide", "toxic", 0.2, "p", 0.3, 0, 0, 0.1, 0, 0)])
+    found.add([("a", "kids", "hide", "toxic", 0.2, "p", False, 0.3, 0, 0, 0.1, 0, 0)])
     [[example]] = found.examples.values()
     assert example.before == Verdict(Action.HIDE, "toxic", 0.2)
     assert example.after == Verdict(Action.REMOVE, "threat", 0.1)
