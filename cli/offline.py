@@ -63,7 +63,7 @@ def score(
                 rows += len(chunk)
                 update(table.bytes_read(), note=f"{rows:,} rows")
     bad.tell()
-    say(f"{rows:,} rows in {'standard output' if target == STDOUT else target}")
+    say(f"{rows:,} row{'' if rows == 1 else 's'} in {'standard output' if target == STDOUT else target}")
 
 
 def added_columns(columns: Sequence[str], prefix: str | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ def test_an_option_that_fits_nothing(tmp_path: Path) -> None:
     for form in (Form(encoding="klingon"), Form(separator=",,"), Form(separator='"')):
         with pytest.raises(TableError):
             read(tmp_path / "a.csv", CSV.encode(), form)
+
+
+def test_parquet_without_its_library_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = parquet(ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(TableError, match="pip install pyarrow"):
+        read(tmp_path / "a.parquet", content)
 
 
 def test_a_header_that_may_be_a_comment_is_not_quoted(tmp_path: Path) -> None:
