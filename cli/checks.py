@@ -93,7 +93,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
     except ResponseError as error:
         advice = "docs/operations.md: a disk that is full"
         if _is_unknown_command(error):
-            advice = "redis.conf: take out the rename-command of what moderato needs: EVAL, LMOVE and their like"
+            advice = "redis.conf: take out the rename-command of the command it names, which moderato needs"
         yield Finding("broker", "problem", f"it refuses to work: {_first_line(error)}", advice)
     except _broker_errors() as error:
         if settings.broker_url.startswith("redis+socket:"):

@@ -15,6 +15,9 @@ Waiting takes nothing and asks nothing: after an empty FETCH, CLIENT TRACKING ha
 any of the lists. A Redis that refuses it is asked by BLMOVE of a list's end to the same end, which wakes on a push and
 takes nothing either, but watches the first list only; the others are then looked into once a second.
 
+A lost connection gives nothing back. What it held stays leased, and this worker's next connection adopts it (ADOPT):
+only a worker that never connects again counts as dead.
+
 A message that came back SUSPECT_RETURNS times may be what ended its workers. It is taken when nothing else is held,
 and nothing else while it is: the next death counts for it alone, and its neighbours get done. One that holds several
 comments is replaced by one message for each (REPLACE), as suspect as it was.
@@ -552,6 +555,11 @@ def raise_if_read_only(error: ResponseError) -> None:
         raise RedisConnectionError("this Redis is a read-only replica") from error
 
 
+def is_out_of_memory(error: ResponseError) -> bool:
+    """Whether Redis is at maxmemory. Of a script, Redis before 7 says it in the middle of the error."""
+    return isinstance(error, OutOfMemoryError) or "-OOM" in str(error)
+
+
 def _chunks(tags: Iterable[str]) -> Iterator[list[str]]:
     remaining = iter(tags)
     while chunk := list(islice(remaining, TAGS_PER_SCRIPT)):
@@ -630,11 +638,26 @@ class Channel(kombu_redis.Channel):
         try:
             super()._queue_bind(*args)
         except ResponseError as error:
-            # Of a script, Redis before 7 says it in the middle of the error.
-            if not isinstance(error, OutOfMemoryError) and "-OOM" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             # Only what goes by way of an exchange needs the binding, and as a rule it is there from before.
             logger.warning("Redis could not note the binding of a queue (%s); going on without", error)
+
+    def _delete(self, *args: Any, **kwargs: Any) -> None:
+        # As in `_size`. Of a reply queue, whose replies were read, there is no list to delete any more.
+        try:
+            super()._delete(*args, **kwargs)
+        except ResponseError as error:
+            if not is_out_of_memory(error):
+                raise
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        # Bindings last for an hour, and kombu tries again within seconds.
+        try:
+            super().maybe_refresh_binding_expiry()
+        except ResponseError as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         connection = self.client.connection
