@@ -71,6 +71,7 @@ def test_a_policy_takes_over_in_the_middle_of_a_stream(system: System, texts: li
             policies.activate(
                 connection, OF_A_NEWER_RELEASE, instead_of=active, by="newer", reason="better", now=datetime.now(UTC)
             )
+        system.client._tell_workers()
         wait_until_both(system, REMOVE, refused=True)
         # And after a rollback nothing is refused any more
         system.client.rollback_policy(instead_of=system.client.active_policy(), by="the test")
