@@ -5,15 +5,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, text
 
 from config.settings import ROOT
 from db.migrate import MIGRATIONS, _migrate, upgrade
+from db.session import open_database, reading, writing
 from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, System
+from tests.services import wait_until
 
 SUBMIT = """
 import json, sys
@@ -25,10 +29,23 @@ print(json.dumps(ids))
 """
 
 
+FIRST_MIGRATION_SINCE = "0004"
+"""The first migration that the release before did not have."""
+FILLED = 20_000
+FILL = (
+    "INSERT INTO submissions (submission_id, community, comment_id, text_sha256, submitted_at, state) "
+    "SELECT 'filled:' || n, 'default', n::text, '0', now(), 'decided' FROM generate_series(1, :rows) AS n",
+    "INSERT INTO decisions (submission_id, toxic, severe_toxic, obscene, threat, insult, identity_hate, action, "
+    "model_version, policy_version, windows, truncated, queue_ms, compute_ms, decided_at) "
+    "SELECT 'filled:' || n, 0, 0, 0, 0, 0, 0, 'allow', 'v1', policy_version, 1, false, 0, 0, now() "
+    "FROM generate_series(1, :rows) AS n, policies",
+)
+
+
 @pytest.fixture
 def release_before(tmp_path: Path) -> Path:
-    """The code as it was before the newest migration, out of this repository's own history."""
-    newest = ScriptDirectory(str(MIGRATIONS)).get_revision("head")
+    """The code as it was before this release's first migration, out of this repository's own history."""
+    newest = ScriptDirectory(str(MIGRATIONS)).get_revision(FIRST_MIGRATION_SINCE)
     if shutil.which("git") is None:
         pytest.skip("there is no git here")
     added = ["git", "log", "--diff-filter=A", "--format=%H", "-1", "--", newest.path]
@@ -69,17 +86,35 @@ def test_the_release_before_works_beside_this_one(
         run_of(release_before, system, "-m", "cli.main", "db", "upgrade")
         old = system.begin_worker(release_before, node="old", **SMALL_STEPS).wait_until_ready()
         ids = submit_as_before(texts[:200])
+        system.wait_for_count(len(ids))
+        database = open_database(empty_postgres_url)
+        with writing(database) as connection:
+            for statement in FILL:
+                connection.execute(text(statement), {"rows": FILLED})
 
-        # When the tables are upgraded beneath them
-        upgrade(empty_postgres_url)
-        # Then the worker goes on
-        ids += submit_as_before(texts[200:300])
+        # When the tables are upgraded beneath them, which takes as long as somebody reads
+        reader = database.connect().execution_options(isolation_level="REPEATABLE READ")
+        reader.execute(text("SELECT 1 FROM pg_class LIMIT 1"))
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                upgrading = pool.submit(upgrade, empty_postgres_url)
+                wait_until(lambda: _builds_an_index(database), TIMEOUT_S, "an index being built")
+                # Then the worker decides meanwhile
+                ids += submit_as_before(texts[200:250])
+                system.wait_for_decisions(ids)
+                assert not upgrading.done()
+            finally:
+                reader.close()
+            upgrading.result(TIMEOUT_S)
+        database.dispose()
+        # And afterwards
+        ids += submit_as_before(texts[250:300])
         system.wait_for_decisions(ids)
 
         # When a worker of this release comes, and is killed with what it took
         with system.stream(texts[300:]) as streamed:
             new = system.start_worker(node="new", **SMALL_STEPS)
-            system.wait_for_count(len(ids) + 100)
+            system.wait_for_count(FILLED + len(ids) + 100)
             new.kill()
         ids += streamed
         # Then the older one decides that too, as this release's client sent it
@@ -96,7 +131,13 @@ def test_the_release_before_works_beside_this_one(
         # Then it decides all there is, nothing is lost, and nothing left
         system.wait_for_decisions(ids)
         system.wait_until_nothing_is_left()
-        assert {decision.submission_id for decision in system.decisions()} == set(ids)
+        decided = {decision.submission_id for decision in system.decisions()}
+        assert {each for each in decided if not each.startswith("filled:")} == set(ids)
+
+
+def _builds_an_index(database: Engine) -> bool:
+    with reading(database) as connection:
+        return bool(connection.scalar(text("SELECT count(*) FROM pg_stat_progress_create_index")))
 
 
 def test_worker_and_trainer_say_what_to_run_on_older_tables(
