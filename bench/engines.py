@@ -111,6 +111,8 @@ class InstantTextEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[Ids]]:
         return [[_IDS[min(len(text) // 5 + 2, len(_IDS) - 1)]] for text in texts]
 
+    encode_readable = encode
+
 
 _IDS = [[1] * length for length in range(257)]
 

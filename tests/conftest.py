@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for: a real Redis, and real databases with and without our tables."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -30,6 +31,9 @@ SQL_TESTED_ELSEWHERE = {
 # A shell ignores SIGINT for what it starts in the background, and so would every process that a test starts and
 # interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# pytest-xdist tells its processes that a terminal has 80 columns. The commands that tests run write into pipes.
+os.environ.pop("COLUMNS", None)
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("moderato", deadline=None)

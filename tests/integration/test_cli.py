@@ -52,7 +52,6 @@ class Moderato:
 
     def __init__(self, **variables: str) -> None:
         self.environment = os.environ | variables
-        self.environment.pop("COLUMNS", None)  # of a test runner's processes
 
     def __call__(self, *arguments: str, status: int = 0, stdin: str = "") -> Result:
         """Run a command to its end, which must be `status`, in this process."""

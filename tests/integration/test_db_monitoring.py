@@ -50,6 +50,6 @@ def test_reviews_wait_until_a_training_that_ended_well_began_after_them(engine: 
         for run_id, began, state in (("seen", 2, "refused"), ("failed", 4, "failed")):
             queries.request_run(connection, run_id=run_id, requested_by="me", overrides={}, now=minutes(began))
             queries.claim_run(connection, run_id, minutes(began))
-            queries.finish_run(connection, run_id, state=state, reason="", now=minutes(9))  # type: ignore[arg-type]
+            queries.finish_run(connection, run_id, state=state, reason="", version="v2", now=minutes(9))  # type: ignore[arg-type]
         # Then the failed one does not count
         assert count_waiting_reviews(connection) == 2
