@@ -239,7 +239,7 @@ def test_each_process_says_how_it_is(system: System, sender: Asked, texts: list[
     assert now.sum("moderato_batch_padded_tokens_total") >= now.sum("moderato_batch_tokens_total") > 200
     assert now.sum("moderato_waiting_comments") == 0
     # And the log has two lines of the refused one, in JSON: what came, at Celery's own level, and what became of it
-    refused = [line for line in json_lines(worker.log()) if line.get("submission_id") == f"{bad}:0"]
+    refused = [line for line in json_lines(worker.log()) if line.get("submission_id") == f"{bad}:0#refused"]
     said = [(line["level"], line["logger"], line.get("reason")) for line in refused]
     assert said == [("WARNING", "worker.intake", None), ("INFO", "worker.pipeline", "invalid_comment")]
     assert datetime.fromisoformat(refused[0]["time"]).tzinfo is not None
