@@ -163,9 +163,11 @@ class Producer(Connections):
             result = None if row is None else queries.result(connection, row.submission_id)
             if result is not None:
                 return verdict_of(result)
-            if (letter := dead_letters.letter_of(connection, submission_id)) is not None:
+            letter = dead_letters.letter_of(connection, submission_id)
+            if letter is not None and letter.reason != Reason.IDEMPOTENCY_CONFLICT:
                 raise SetAside(letter)
-            if row is None and identity.standing(connection, [str(submission_id)]) != [None]:
+            # The same whether a worker has set the message aside already, or not yet.
+            if letter is not None or (row is None and identity.standing(connection, [str(submission_id)]) != [None]):
                 raise InvalidComment(id_is_taken(submission_id))
         return None
 

@@ -31,7 +31,7 @@ def test_a_producer_that_waits_is_answered_by_the_worker_alone(
     # And a comment that is decided already keeps its verdict, whatever the version says now
     first = client.moderate(texts[0], timeout_s=TIMEOUT_S, idempotency_key="once")
     assert client.moderate(texts[0], timeout_s=TIMEOUT_S, idempotency_key="once") == first
-    with pytest.raises(InvalidComment, match="was used before with another text"):
+    with pytest.raises(InvalidComment):
         client.moderate(texts[1], timeout_s=TIMEOUT_S, idempotency_key="once")
     # And one that is refused says so
     with pytest.raises(SetAside) as raised:

@@ -219,7 +219,8 @@ def test_decisions_wait_for_sqlite(
 
         @contextmanager
         def is_full() -> Iterator[None]:
-            limit_file_size([worker.pid], Path(file).stat().st_size)
+            # More than the worker's log will have, and less than SQLite's write-ahead log.
+            limit_file_size([worker.pid], 131_072)
             broken.submit(COMMENTS_DURING_FAULT)
             broken.wait_for_words("the database cannot be written to (disk I/O error)")
             assert system.client.nodes() == ([worker.node], [])

@@ -18,6 +18,7 @@ from kombu import Producer as KombuProducer
 from sqlalchemy import text
 
 from api_client.embedded import EmbeddedRedis
+from config.identity import refused_id
 from config.names import MODERATE_QUEUE, MODERATE_TASK, WORKER_CONTROL_EXCHANGE, Reason
 from config.settings import ROOT
 from db.session import reading, writing
@@ -79,8 +80,11 @@ class Producer:
         }
         message_id = self.task(self.comment(idempotency_key=self._key), *kinds.values())
         self.decided.append(self._key)
-        self.dead |= {f"{message_id}:{place}": reason for place, reason in enumerate(kinds, start=1)}
-        self.dead[self.task(*[self.comment()] * 257)] = Reason.TOO_MANY_COMMENTS
+        names = {reason: f"{message_id}:{place}" for place, reason in enumerate(kinds, start=1)}
+        for reason in (Reason.RECORDING_FAILED, Reason.INVALID_COMMENT):  # which leave no submission
+            names[reason] = refused_id(names[reason])
+        names[Reason.TOO_MANY_COMMENTS] = refused_id(self.task(*[self.comment()] * 257))
+        self.dead |= {name: reason for reason, name in names.items()}
         self._push(lambda envelope: {**envelope, "body": _coded(json.dumps([[[self.comment()]], {}, {}])[:-1])})
         # Of one that is not JSON by its own account nothing is read, also not what it says of storing.
         self._push(lambda envelope: {**envelope, "content-type": "text/plain"})
