@@ -15,6 +15,7 @@ from tests.acceptance.system import SMALL_STEPS, TIMEOUT_S, System
 from tests.services import wait_until
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_a_producer_that_waits_is_answered_by_the_worker_alone(
     system: System, texts: list[str], tmp_path: Path
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_producer_that_waits_is_answered_by_the_worker_alone(
     assert "Redis refuses" not in worker.log()
 
 
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_a_follower_that_is_resumed_sees_every_decision_though_workers_die(system: System, texts: list[str]) -> None:
     worker = system.start_worker(**SMALL_STEPS)
     stop = threading.Event()

@@ -7,6 +7,7 @@ from tests.acceptance.system import SMALL_STEPS, System
 KILLS = 4
 
 
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_killed_workers_lose_nothing(system: System, texts: list[str]) -> None:
     # Given comments in lists and comments alone
     ids: list[str] = []

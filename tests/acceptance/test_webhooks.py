@@ -133,6 +133,7 @@ class Deliverer:
         return self._log.read_text(encoding="utf-8") if self._log.exists() else ""
 
 
+@pytest.mark.parametrize("database_kind", ["postgres"], indirect=True)
 def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
     new_system: System, database_url: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_nothing_is_lost_whatever_the_receiver_does_and_whoever_is_killed(
     assert "endpoint news takes deliveries again" in deliverer.log()
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_what_an_endpoint_never_takes_is_dead_until_it_is_retried(
     new_system: System, database_url: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:

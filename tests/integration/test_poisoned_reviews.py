@@ -32,7 +32,7 @@ HONEST_RUN, POISONED_RUN = (f"6f1e2d3c-0000-4000-8000-00000000000{n}" for n in r
 def learnt_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small version that tells toxic comments from others: ROC-AUC about 0.9 on the held-out rows."""
     versions = tmp_path_factory.mktemp("versions")
-    return write_tiny_version(versions, "learnt", rows=3_000, epochs=3, learning_rate=3e-3, batch_size=32).directory
+    return write_tiny_version(versions, "learnt", rows=2_000, epochs=3, learning_rate=3e-3, batch_size=32).directory
 
 
 @pytest.fixture(scope="module")
