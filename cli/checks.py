@@ -371,7 +371,7 @@ def check_versions(settings: Settings) -> Iterator[Finding]:
 def _refusals(client: "ModerationClient", activation_id: int) -> Iterator[Finding]:
     for load in client.loads(activation_id):
         if load.error is not None:
-            said = f"{load.worker} refused the active version and goes on with {load.version}: {load.error}"
+            said = f"{load.worker} refused the active version and continues with {load.version}: {load.error}"
             yield Finding("versions", "problem", said, "is MODERATO_VERSIONS_DIR the same volume there?")
 
 

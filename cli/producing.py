@@ -150,7 +150,7 @@ def submit(
                 client.submit_many(comments, queue=queue, durable=durable, on_sent=on_sent, on_full=on_full)
             except BaseException:
                 if file:
-                    once = "" if again else "; the same command goes on and submits no row twice"
+                    once = "" if again else "; run the same command again: it submits no row twice"
                     say(f"{sent:,} submitted{once}")
                 raise
         if file:

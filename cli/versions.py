@@ -115,7 +115,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         out.print(Text(f"{earlier:,} workers loaded it earlier; `moderato status` lists those that respond"))
     for load in newest:
         what = (
-            f"loaded {load.version}" if load.error is None else f"refused it, goes on with {load.version}: {load.error}"
+            f"loaded {load.version}"
+            if load.error is None
+            else f"refused it, continues with {load.version}: {load.error}"
         )
         out.print(Text(f"{shown(load.loaded_at)}  {load.worker} {what}"))
     if trial is not None:

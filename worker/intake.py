@@ -282,7 +282,9 @@ class Intake(bootsteps.StartStopStep):
             self.redelivered += 1
         if singles:
             # One of them may be what its workers died of. Alone, it is the only one that is counted from now on.
-            logger.warning("a message came back %d times: its %d comments go on alone", message.returns, len(singles))
+            logger.warning(
+                "a message was redelivered %d times: it is split into its %d comments", message.returns, len(singles)
+            )
             acknowledge = partial(self._replace, message.delivery_tag, singles)
             if not parsed.refused:
                 acknowledge()

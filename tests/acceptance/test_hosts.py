@@ -71,7 +71,7 @@ def test_a_host_that_lacks_a_version_goes_on_with_its_own_which_stays(
             wait_for_another_decision(system, version)
     system.wait_for_decisions(ids)
     # And that can be seen
-    assert f"{w2.node} refused it, goes on with v1: version v3: there is no directory" in moderato(system, "models")
+    assert f"{w2.node} refused it, continues with v1: version v3: there is no directory" in moderato(system, "models")
 
     # And each worker can be asked what it runs, whatever it has written
     running = versions_on_workers(system.client)

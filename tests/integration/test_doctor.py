@@ -154,7 +154,7 @@ def test_a_version_that_is_damaged_or_gone(redis_url: str, sqlite_url: str, tiny
     with (directory / ONNX_FILE).open("ab") as file:
         file.write(b"x")
     said = found(check_versions, settings)["problem"]
-    assert "w2 refused the active version and goes on with v0: no such folder" in said
+    assert "w2 refused the active version and continues with v0: no such folder" in said
     assert f"version v1: {ONNX_FILE} is damaged" in said
     directory.rename(tmp_path / "away")
     assert "version v1: there is no directory" in found(check_versions, settings)["problem"]
