@@ -305,12 +305,16 @@ def _show(rows: "Iterable[Result]", *, as_json: bool, with_text: bool) -> None:
         for row in rows:
             print_json(_values(row, with_text=with_text))
         return
-    table = Table("decided", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("decided", overflow="fold")
     table.add_column("comment id", overflow="fold")
     # Never shortened, because the other commands need it; one of a task's id is never broken either.
     rows = list(rows)
     longest = max((len(row.submission_id) for row in rows), default=0)
-    table.add_column("submission", min_width=min(longest, TASK_SUBMISSION_ID_CHARS), overflow="fold")
+    # Where the table is too wide the others are wrapped: rich narrows none that is marked so.
+    keep = longest <= TASK_SUBMISSION_ID_CHARS
+    width = min(longest, TASK_SUBMISSION_ID_CHARS)
+    table.add_column("submission", min_width=width, no_wrap=keep, overflow="fold")
     for name in ("action", "because of", "decided by", *(["text"] if with_text else [])):
         table.add_column(name, overflow="fold")
     for row in rows:

@@ -187,10 +187,11 @@ class TestReading:
 
     def test_ids_are_shown_whole_on_a_narrow_terminal(self, moderato: Moderato, sqlite_url: str) -> None:
         long_id = "01a22269-e97b-761f-9d25-7b9a8a6c1f3e:17"
-        decide(sqlite_url, scored(long_id, comment_id="article 7", community="news", model_version="v" * 40))
+        row = scored(long_id, comment_id="article 7", community="news", model_version="v" * 40)
+        decide(sqlite_url, replace(row, action="hide", fired_label="toxic", toxic=0.95))
         moderato.environment |= {"COLUMNS": "80"}
         table = moderato.apart("results").stdout
-        assert long_id in table and "news" in table and "article" in table
+        assert all(part in table for part in (long_id, "news", "hide", "0.95"))
         assert max(map(len, table.splitlines())) <= 80
 
     def test_no_stranger_steers_the_terminal(self, moderato: Moderato, sqlite_url: str) -> None:
