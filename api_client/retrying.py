@@ -23,7 +23,7 @@ def comments_of(letter: DeadLetterRow) -> list[tuple[str, dict[str, Any]]]:
     """The comments of a letter in the form they travel in, each with the name of its submission.
 
     What could not be read has the name now that it would have had then: its idempotency key, or that of its place in
-    its message. None of them expires any more: whoever retries an expired one wants it decided.
+    its message. None of them expires any more: an operator who retries an expired one wants it decided.
 
     Raises:
         NotRetryable: the letter does not hold all of it, or it breaks the contract still.

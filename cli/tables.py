@@ -168,7 +168,7 @@ class Rows:
         try:
             yield
         except BrokenPipeError:
-            raise  # whoever reads it has seen enough
+            raise  # the reader of the pipe has closed it
         except OSError as error:
             raise Problem(f"{self._target} cannot be written: {error.strerror or error}") from None
 

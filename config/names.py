@@ -104,7 +104,7 @@ ACTIVATION_LOCK = 6_877_836_934
 """The same, of the one transaction that changes which version is active or on trial, or which policy is active."""
 
 REVIEW_LOCK = 6_877
-"""The first number of PostgreSQL's advisory lock of whoever reviews a submission; the second is the submission's."""
+"""The first number of PostgreSQL's advisory lock of a review; the second is the submission's."""
 
 DEFAULT_COMMUNITY = "default"
 STARTER_VERSION = "starter-2"

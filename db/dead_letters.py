@@ -84,7 +84,7 @@ def _end_submissions(
     letters = sorted(letters, key=_id)
     connection.execute(insert_if_absent(connection, Submission), [_dead_submission(letter) for letter in letters])
     ids = [letter.dead_letter_id for letter in letters]
-    # Locked: whoever decides a dead submission without a letter locks it too, before it looks for one.
+    # Locked: a worker that decides a dead submission without a letter locks it too, before it looks for one.
     there, taken = known(connection, ids, lock=True), identity.letters(connection, ids)
     standing, elsewhere, undecided = [], [], []
     for letter in letters:

@@ -65,7 +65,7 @@ EVENT_TYPES = tuple(EventType)
 
 
 class WritersDoNotEnd(DatabaseProblem):
-    """Transactions that write decisions, reviews or erasures hold up whoever reads them in order."""
+    """Long transactions that write decisions, reviews or erasures block the readers of the feed."""
 
 
 class _Placed:
@@ -266,7 +266,7 @@ def erasures_at(connection: Connection, positions: Collection[int]) -> dict[int,
 def concerns(kind: EventType, actions: Collection[str]) -> ColumnElement[bool]:
     """Whether an event is about one of these actions: the model's, or one that a review up to this event led to.
 
-    So whoever was told that a comment is hidden is also told what comes after, such as that it is allowed after all.
+    So a reader that was told that a comment is hidden is also told of a later reversal to `allow`.
     """
     if kind is EventType.DECIDED:
         return Decision.action.in_(list(actions))

@@ -27,7 +27,7 @@ logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
 UPGRADE_LOCK = 6_877_836_932
 """PostgreSQL's advisory lock of whoever migrates; any number that nobody else uses."""
 FINISH_LOCK = 6_877_836_931
-"""The same, of whoever does afterwards what no transaction may hold."""
+"""The same, of the process that builds indexes after the transaction."""
 LOCK_PAUSE_S = 0.2
 
 
